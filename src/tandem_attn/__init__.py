@@ -1,0 +1,27 @@
+"""FlashAttention-3 for Hopper GPUs in Python and Gluon, and the same functions everywhere else.
+
+The names, arguments and defaults are those of FlashAttention-3's `flash_attn_interface`. Nothing happens on
+import: torch is loaded when a function is first touched, Triton when a CUDA tensor first asks for it.
+"""
+
+from typing import TYPE_CHECKING
+
+from tandem_attn._version import __version__
+
+if TYPE_CHECKING:
+    from tandem_attn.api import explain, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+
+__all__ = ["__version__", "explain", "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        from tandem_attn import api
+
+        globals()[name] = found = getattr(api, name)
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,80 @@
+"""The one file that knows which Triton this is: names that moved between 3.6 and 3.9, aggregates, and policies.
+
+Everything else in `device` and `kernels` imports Gluon from here.
+"""
+
+import hashlib
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+__all__ = [
+    "aggregate",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "mbarrier",
+    "policy",
+    "tma_load",
+    "tma_store",
+    "tma_store_wait",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+# Renamed in 3.8; in 3.9 the old names exist and raise.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+tma_store_wait = tma.store_wait
+
+if hasattr(gluon, "aggregate"):
+    aggregate = gluon.aggregate
+else:  # 3.6 and 3.7: private, and it wants an explicit constructor
+    from triton.language.core import _aggregate
+
+    def aggregate(cls):
+        """A value made of named values (gl.tensor, shared memory, other aggregates, gl.constexpr)."""
+        names = list(cls.__annotations__)
+
+        def __init__(self, *args):
+            for name, value in zip(names, args, strict=True):
+                if cls.__annotations__[name] is gl.constexpr and not isinstance(value, gl.constexpr):
+                    value = gl.constexpr(value)
+                setattr(self, name, value)
+
+        cls.__init__ = __init__
+        wrapped = _aggregate(cls)
+        wrapped.hash_attrs = [a for a in wrapped.hash_attrs if a is not __init__]
+        return wrapped
+
+
+def policy(**traits):
+    """An aggregate that a kernel takes as a constexpr: one way to do one thing, chosen once on the host.
+
+    `traits` are compile-time facts about the class, read in device code as `Policy.trait`.
+
+    Triton keys a class passed as a constexpr by its name alone, so an edited method would find the old kernel in
+    the cache and two classes made by a factory would share one. The name therefore carries a digest of the
+    sources.
+    """
+
+    def decorate(cls):
+        methods = [m for m in vars(cls).values() if hasattr(m, "cache_key")]
+        wrapped = aggregate(cls)
+        for name, value in traits.items():
+            setattr(wrapped, name, gl.constexpr(value))
+        source = (
+            "".join(m.cache_key for m in methods) + repr(sorted(traits.items())) + repr(cls.__annotations__)
+        )
+        digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+        wrapped.__qualname__ = f"{cls.__qualname__}@{digest}"
+        return wrapped
+
+    return decorate

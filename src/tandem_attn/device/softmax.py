@@ -1,0 +1,77 @@
+"""Online softmax in base 2 (arXiv 2407.08608, section 2.3; scores carry log2(e), so that exp2 is one instruction).
+
+Row sums are kept per thread, as [M, 4]: the four lanes that share a row meet only in the epilogue.
+"""
+
+from tandem_attn.device.gluon import gl, gluon
+
+LN2 = gl.constexpr(0.6931471805599453)
+# With lazy rescaling, P may reach 2**LAZY_STEP before O is scaled down: exact in fp32, harmless in 16 bits.
+LAZY_STEP = gl.constexpr(8.0)
+
+
+@gluon.jit
+def thread_sum(p):
+    """[M, N] -> [M, 4]: each thread adds up its own columns of each of its rows."""
+    M: gl.constexpr = p.shape[0]
+    N: gl.constexpr = p.shape[1]
+    return gl.sum(gl.sum(p.reshape([M, N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def log_sum_exp(row_max, row_sum, scale_log2):
+    """Natural log-sum-exp of scaled scores; -inf for a row that saw no key."""
+    return row_max * (scale_log2 * LN2) + gl.log(row_sum)
+
+
+@gluon.jit
+def soft_capped(s, inner_scale):
+    """tanh(s * inner_scale), by exp2 and a division: exact to fp32 rounding, where tanh.approx keeps 11 bits."""
+    e = gl.exp2(s * (inner_scale * 2.8853900817779268))
+    return 1.0 - 2.0 / (e + 1.0)
+
+
+@gluon.jit
+def pinned(x):
+    """x, with a use (a store that never happens: alpha is never above 1e38) that ptxas can neither drop nor sink."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.gt.f32 p, $1, 0f7F000000; @p st.shared.f32 [a], $1;"
+        " mov.b32 $0, $1; }",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.constexpr_function
+def _rescale_asm(n):
+    moves = "".join(f"mov.b32 ${i}, ${n + i}; " for i in range(n))
+    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * n + i}; " for i in range(n))
+    return (
+        f"{{ .reg .pred p, q; setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.f32 q, ${2 * n + 2}, 0f3F800000; "
+        f"or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; {moves}@!p bra.uni SKIP; {products}SKIP: }}"
+    )
+
+
+@gluon.constexpr_function
+def _rescale_constraints(n):
+    return ",".join(["=&f"] * n + ["f"] * 2 * n)
+
+
+@gluon.jit
+def rescaled(o, alpha, lazy: gl.constexpr):
+    """o times alpha, by rows. Lazy: a warp whose alphas are all 1 branches over the products.
+
+    The registers of a wgmma accumulator alternate in pairs between the two rows of a thread: alpha 0 and alpha 2 of
+    one asm statement are all there is to look at.
+    """
+    if lazy:
+        n: gl.constexpr = min(o.shape[1] // 2, 64)
+        alphas, o = gl.broadcast(gl.expand_dims(alpha, 1), o)
+        return gl.inline_asm_elementwise(
+            _rescale_asm(n), _rescale_constraints(n), [o, alphas], dtype=gl.float32, is_pure=False, pack=n
+        )
+    else:
+        return o * gl.expand_dims(alpha, 1)

@@ -1,0 +1,231 @@
+"""What the forward kernel is compiled for, and which choice measured best.
+
+`ForwardConfig` is everything the kernel knows at compile time; `forward_config(spec)` finds the row of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import torch
+
+from tandem_attn.device.gluon import gl
+from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
+from tandem_attn.device.schedule import DenseTiles, PlainTiles, VarlenTiles
+from tandem_attn.device.sequence import Dense, Varlen
+from tandem_attn.spec import AttentionSpec
+
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
+SHARED_MEMORY = 227 * 1024  # what a Hopper block may use, bytes
+SHORT = 1024  # up to this many rows and keys, prologues and tails weigh more than the loop
+L2_FOR_KEYS = 32 * 2**20  # bytes of K and V that the heads worked on at a time should fit in
+
+
+def native_head_dim(head_dim: int) -> int:
+    """The smallest tile width that holds head_dim columns; TMA fills the rest with zeros."""
+    return next(d for d in NATIVE_HEAD_DIMS if d >= head_dim)
+
+
+def column_chunks(head_dim: int) -> int:
+    """Pieces of a power of two columns that make up a tile: 96 = 3 x 32, 192 = 3 x 64."""
+    return 3 if head_dim % 3 == 0 else 1
+
+
+class Static:
+    """A config as device code reads it: every attribute is a gl.constexpr, fit for shapes, layouts and ranges."""
+
+    def __init__(self, config: ForwardConfig):
+        self._config = config
+
+    def __getattr__(self, name: str):
+        return gl.constexpr(getattr(self._config, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """Compile-time facts of the forward kernel. Validated here and nowhere else."""
+
+    element: str  # "bf16" or "fp16"
+    head_dim: int  # columns of a Q or K tile: one of NATIVE_HEAD_DIMS
+    head_dim_v: int
+    Mask: type
+    Sequences: type
+    Schedule: type
+    softcap: bool = False
+    tile_m: int = 64  # query rows of one consumer warpgroup
+    tile_n: int = 128  # keys of a block
+    num_consumers: int = 2
+    num_stages: int = 2  # of K and of V
+    q_stages: int = 1
+    q_in_registers: bool = False  # frees Q's buffer at the start of a tile
+    o_parts: int = 1  # O leaves through shared memory in this many column parts,
+    o_buffers: int = 1  # of which this many may be under way
+    lazy_rescale: bool = False  # scale O down only when the maximum has grown by 2**8
+    rescale_first: bool = False  # scale O before the exponentials, not after
+    pingpong: bool = True
+    skip: bool = False  # a consumer hands back unread the key blocks that none of its rows may see
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in NATIVE_HEAD_DIMS or self.head_dim_v not in NATIVE_HEAD_DIMS:
+            raise ValueError(
+                f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {NATIVE_HEAD_DIMS}"
+            )
+        if self.num_consumers not in (2, 3):
+            raise ValueError(f"num_consumers={self.num_consumers}: 2 or 3")
+        if self.v_chunks > 1 and self.o_parts != self.v_chunks:
+            raise ValueError(f"o_parts={self.o_parts}: must be the {self.v_chunks} chunks of V")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
+
+    @property
+    def static(self) -> Static:
+        return Static(self)
+
+    @property
+    def dtype(self):
+        return gl.bfloat16 if self.element == "bf16" else gl.float16
+
+    @property
+    def qk_chunks(self) -> int:
+        return column_chunks(self.head_dim)
+
+    @property
+    def v_chunks(self) -> int:
+        return column_chunks(self.head_dim_v)
+
+    @property
+    def qk_width(self) -> int:
+        return self.head_dim // self.qk_chunks
+
+    @property
+    def v_width(self) -> int:
+        return self.head_dim_v // self.v_chunks
+
+    @property
+    def o_width(self) -> int:
+        return self.head_dim_v // self.o_parts
+
+    @property
+    def tile_rows(self) -> int:
+        """Query rows of a whole tile."""
+        return self.tile_m * self.num_consumers
+
+    def shared_layout(self, rows: int, cols: int):
+        return gl.NVMMASharedLayout.get_default_for([rows, cols], self.dtype)
+
+    @property
+    def q_layout(self):
+        return self.shared_layout(self.tile_m, self.qk_width)
+
+    @property
+    def k_layout(self):
+        return self.shared_layout(self.tile_n, self.qk_width)
+
+    @property
+    def v_layout(self):
+        return self.shared_layout(self.tile_n, self.v_width)
+
+    @property
+    def o_layout(self):
+        return self.shared_layout(self.tile_m, self.o_width)
+
+    @property
+    def s_accumulator(self):
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.tile_n, 16])
+
+    @property
+    def o_accumulator(self):
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.v_width, 16])
+
+    @cached_property
+    def shared_memory(self) -> int:
+        """Bytes of tiles in shared memory, barriers and mail not counted (under 1 KB)."""
+        q = self.q_stages * self.tile_rows * self.head_dim
+        kv = self.num_stages * self.tile_n * (self.head_dim + self.head_dim_v)
+        o = self.num_consumers * self.o_buffers * self.tile_m * self.o_width
+        return 2 * (q + kv + o)
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers per thread at launch: 3 or 4 warpgroups' worth (the producer warp is padded to one)."""
+        return 168 if self.num_consumers == 2 else 128
+
+    @property
+    def worker_registers(self) -> list[int]:
+        """Registers of the partitions after the first, which gets what is left; multiples of 8."""
+        return [240, 24] if self.num_consumers == 2 else [160, 160, 32]
+
+    def __str__(self) -> str:
+        tile = f"{self.num_consumers}x{self.tile_m} rows x {self.tile_n} keys"
+        flags = [
+            f
+            for f in ("q_in_registers", "lazy_rescale", "rescale_first", "pingpong", "skip")
+            if getattr(self, f)
+        ]
+        policies = (c.__name__ for c in (self.Mask, self.Sequences, self.Schedule))
+        return (
+            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, {tile}, {self.num_stages} stages, "
+            f"Q x{self.q_stages}, {', '.join(policies)}, {', '.join(flags) or 'no flags'}, "
+            f"{self.shared_memory // 1024} KB shared"
+        )
+
+
+# Tuned on an H200 (2026-11-22, notes of the prototype; re-measured for this library, see benchmarks/results).
+# One row per (head_dim, head_dim_v) and kind of problem; the first that fits is used. TFLOPS at 8k tokens.
+_TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
+    (64, 64): [
+        # 192 rows waste too much of a short triangle
+        ("causal short", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True)),
+        ("causal", dict(num_consumers=3, q_stages=2, rescale_first=True, skip=True)),
+        ("short", dict(num_consumers=3, q_stages=2)),
+        ("", dict(num_consumers=3, q_stages=2, rescale_first=True)),
+    ],
+    (96, 96): [("", dict(q_in_registers=True, o_parts=3, o_buffers=3))],
+    (128, 128): [("", dict(q_in_registers=True))],
+    (192, 128): [("", dict(o_parts=2))],
+    (192, 192): [("", dict(tile_n=64, o_parts=3, pingpong=False))],
+    (256, 256): [
+        ("short", dict(tile_n=64, o_parts=2, lazy_rescale=True)),
+        ("", dict(tile_n=64, o_parts=2, lazy_rescale=True, pingpong=False)),
+    ],
+}
+
+
+def _tuned(head_dim: int, head_dim_v: int, kinds: set[str]) -> tuple[tuple[int, int], dict]:
+    """The row for a head shape: its own, or that of the smallest tuned shape that holds it."""
+    shapes = [s for s in _TUNED if s[0] >= head_dim and s[1] >= head_dim_v]
+    shape = min(shapes, key=lambda s: (s[0] + s[1], s))
+    for needs, choice in _TUNED[shape]:
+        if set(needs.split()) <= kinds:
+            return shape, choice
+    raise AssertionError(f"no row for {shape} {kinds}")
+
+
+def forward_config(spec: AttentionSpec) -> ForwardConfig:
+    """The compile-time configuration for a question that the gluon backend accepts."""
+    kinds = set()
+    if spec.window.left >= 0 or spec.window.right > 0:
+        mask = WindowMask
+    elif spec.window.right == 0:
+        mask, kinds = CausalMask, {"causal"}
+    else:
+        mask = FullMask
+    if max(spec.seqlen_q, spec.seqlen_k) <= SHORT:
+        kinds = kinds | {"short"}
+    (head_dim, head_dim_v), choice = _tuned(spec.head_dim, spec.head_dim_v, kinds)
+    tile_n = choice.get("tile_n", 128)
+    if mask is FullMask and not spec.varlen and spec.seqlen_k % tile_n == 0:
+        mask = NoMask
+    schedule = VarlenTiles if spec.varlen else DenseTiles if mask is CausalMask else PlainTiles
+    return ForwardConfig(
+        element="bf16" if spec.dtype == torch.bfloat16 else "fp16",
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        Mask=mask,
+        Sequences=Varlen if spec.varlen else Dense,
+        Schedule=schedule,
+        softcap=spec.softcap > 0.0,
+        **choice,
+    )

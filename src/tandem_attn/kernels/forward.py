@@ -1,0 +1,402 @@
+"""FlashAttention-3 forward for sm_90a: one producer warp, two or three consumer warpgroups (arXiv 2407.08608, alg. 2).
+
+One program per multiprocessor walks a list of tiles; a tile is 64 query rows per consumer of one head.
+
+    producer   asks the schedule for the next tile and mails it; loads Q, then K and V block by block, last keys first
+    consumers  per key block i:  take the turn
+                                 start S = Q K_i^T                  (wgmma, asynchronous)
+                                 start O += P_(i-1) V_(i-1)         (wgmma, asynchronous)
+                                 pass the turn; wait for S; release K_i
+                                 softmax of S: row maximum, exponentials, row sum
+                                 wait for O; release V_(i-1); scale O; round and pack P_i
+
+A tile's first block carries the last P V of the tile before, whose O is written by TMA while the new tile runs. Why each
+of these is so, what it measured, and the budgets of registers and shared memory: docs/kernels/forward.md.
+"""
+
+from tandem_attn.device.gluon import (
+    aggregate,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from tandem_attn.device.mailbox import END_OF_TILES, Mailbox, make_mailbox
+from tandem_attn.device.mask import apply_mask
+from tandem_attn.device.precision import pack_probabilities, unpack_operand
+from tandem_attn.device.ring import Ring, first_fill, load_tile, make_barriers, make_ring
+from tandem_attn.device.softmax import LAZY_STEP, log_sum_exp, pinned, rescaled, soft_capped, thread_sum
+from tandem_attn.device.turn import pass_turn, take_turn
+
+
+@aggregate
+class Problem:
+    """What the caller asked for."""
+
+    num_heads: gl.tensor
+    group_size: gl.tensor  # query heads per KV head
+    total_q: gl.tensor  # rows of lse per head: seqlen_q, or all packed rows
+    scale_log2: gl.tensor  # score (or capped score) to exponent of 2
+    inner_scale: gl.tensor  # softmax_scale / softcap
+    window_left: gl.tensor
+    window_right: gl.tensor
+    config: gl.constexpr  # ForwardConfig
+
+    @gluon.jit
+    def mask(self, sequence):
+        return self.config.Mask(sequence.seqlen_q, sequence.seqlen_k, self.window_left, self.window_right)
+
+
+@aggregate
+class Shared:
+    """What the partitions share."""
+
+    q: gl.shared_memory_descriptor  # [q_stages * num_consumers * chunks, tile_m, width]
+    q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    k: Ring
+    v: Ring
+    o: gl.shared_memory_descriptor  # [num_consumers * o_buffers, tile_m, o_width]
+    mailbox: Mailbox
+
+
+@aggregate
+class State:
+    """Rows of one consumer: O and P of the block before (its P V not yet started), maximum and sum so far."""
+
+    o: gl.tuple  # of [tile_m, v_width] accumulators
+    p: gl.tensor  # packed
+    row_max: gl.tensor
+    row_sum: gl.tensor  # [tile_m, 4]
+
+
+@gluon.jit
+def _start_scores(q, k: Ring, j, s_layout: gl.constexpr):
+    """Start S = Q K_j^T."""
+    rows: gl.constexpr = q[0].shape[0]
+    keys: gl.constexpr = k.smem.shape[1]
+    s = gl.zeros([rows, keys], gl.float32, s_layout)
+    for c in gl.static_range(k.chunks):
+        s = warpgroup_mma(q[c], k.chunk(j, c).permute((1, 0)), s, use_acc=c > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _start_output(p, v: Ring, j, o, use_acc):
+    """Start O += P V_j."""
+    started = ()
+    for c in gl.static_range(v.chunks):
+        started = started + (warpgroup_mma(p, v.chunk(j, c), o[c], use_acc=use_acc, is_async=True),)
+    return started
+
+
+@gluon.jit
+def _finish_output(started, v: Ring, j, alpha, has_pv, rescale: gl.constexpr, lazy: gl.constexpr):
+    """Wait for P V_j, hand its stage back and scale O by alpha."""
+    waited = warpgroup_mma_wait(0, deps=started)
+    if v.chunks == 1:
+        waited = (waited,)
+    v.release(j, has_pv)
+    if rescale:
+        row: gl.constexpr = gl.SliceLayout(1, waited[0].type.layout)
+        factor = gl.convert_layout(alpha, row, assert_trivial=True)
+        scaled = ()
+        for c in gl.static_range(v.chunks):
+            scaled = scaled + (rescaled(waited[c], factor, lazy),)
+        return scaled
+    else:
+        return waited
+
+
+@gluon.jit
+def _step(problem, shared, group: gl.constexpr, mask, q, state, j, use_acc, m_start, n_start,
+          masked: gl.constexpr, first: gl.constexpr):  # fmt: skip
+    """Key block j: its scores and P V of the block before in flight together, then its softmax. Returns the next state.
+
+    `first` of a tile: maximum and sum in `state` are fresh, o and p are those of the tile before (if there was one),
+    whose finished O the next state holds unscaled.
+    """
+    c: gl.constexpr = problem.config.static
+    has_pv = j > first_fill(c.num_stages) if first else True
+    p = unpack_operand(state.p, c.dtype, c.o_accumulator)
+    shared.k.wait(j)
+    if c.pingpong:
+        take_turn(group)
+    s_started = _start_scores(q, shared.k, j, c.s_accumulator)
+    shared.v.wait(j - 1, has_pv)
+    o_started = _start_output(p, shared.v, j - 1, state.o, use_acc)
+    if c.pingpong:
+        pass_turn(group, c.num_consumers)
+    s = warpgroup_mma_wait(c.v_chunks, deps=(s_started,))
+    shared.k.release(j)
+    if c.softcap:
+        s = soft_capped(s, problem.inner_scale)
+    if masked:
+        s = apply_mask(mask, s, m_start, n_start)
+    row_max = gl.maximum(state.row_max, gl.max(s, 1))
+    if c.lazy_rescale and not first:
+        row_max = gl.where(row_max > state.row_max + LAZY_STEP / problem.scale_log2, row_max, state.row_max)
+    offset = row_max * problem.scale_log2
+    if masked:
+        offset = gl.where(offset == float("-inf"), 0.0, offset)  # a row that has seen no key yet
+    alpha = gl.exp2(state.row_max * problem.scale_log2 - offset)
+    if c.rescale_first:
+        alpha = pinned(alpha)
+        o = _finish_output(o_started, shared.v, j - 1, alpha, has_pv, not first, c.lazy_rescale)
+    probabilities = gl.exp2(s * problem.scale_log2 - gl.expand_dims(offset, 1))
+    old_sum: gl.constexpr = gl.SliceLayout(1, state.row_sum.type.layout)
+    row_sum = state.row_sum * gl.expand_dims(gl.convert_layout(alpha, old_sum, assert_trivial=True), 1)
+    row_sum = row_sum + thread_sum(probabilities)
+    if not c.rescale_first:
+        o = _finish_output(o_started, shared.v, j - 1, alpha, has_pv, not first, c.lazy_rescale)
+    return State(o, pack_probabilities(probabilities, c.dtype), row_max, row_sum)
+
+
+@gluon.jit
+def _blocks(problem, shared, group: gl.constexpr, mask, q, state, begin, end, it, second, m_start, n_end,
+            masked: gl.constexpr):  # fmt: skip
+    """Key blocks begin to end - 1 of a tile, counted from its last block back; `second` is the one after the first."""
+    c: gl.constexpr = problem.config.static
+    for i in range(begin, end):
+        n_start = (n_end - 1 - i) * c.tile_n
+        state = _step(
+            problem, shared, group, mask, q, state, it + i, i > second, m_start, n_start, masked, False
+        )
+    return state
+
+
+@gluon.jit
+def _store_part(problem, shared, group: gl.constexpr, i: gl.constexpr, part, desc, sequence, head, m_start):
+    """Column part i of O to shared memory and on to global memory, not waited for."""
+    c: gl.constexpr = problem.config.static
+    tma_store_wait(c.o_buffers - 1)
+    smem = shared.o.index(group * c.o_buffers + i % c.o_buffers)
+    smem.store(part)
+    fence_async_shared()
+    tma_store(desc, sequence.coords("q", head, m_start, i * c.o_width), smem.reshape(desc.block_type.shape))
+
+
+@gluon.jit
+def _epilogue(
+    problem, shared, group: gl.constexpr, o, row_max, row_sum, sequence, head, m_start, o_desc, lse_ptr
+):
+    """Finished rows: lse, O divided by the row sums, O rounded and sent off."""
+    c: gl.constexpr = problem.config.static
+    row: gl.constexpr = gl.SliceLayout(1, c.o_accumulator)
+    total = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
+    lse = log_sum_exp(gl.convert_layout(row_max, row, assert_trivial=True), total, problem.scale_log2)
+    rows = m_start + gl.arange(0, c.tile_m, row)
+    lse_row = sequence.lse_row(head, problem.num_heads, problem.total_q)
+    gl.store(lse_ptr + lse_row + rows, lse, mask=rows < sequence.seqlen_q)
+    factor = 1.0 / total
+    if c.Mask.masks:
+        factor = gl.where(total == 0.0, 0.0, factor)  # no key at all: O is zero
+    factor = gl.expand_dims(factor, 1)
+    if c.v_chunks == c.o_parts:
+        for i in gl.static_range(c.o_parts):
+            _store_part(
+                problem, shared, group, i, (o[i] * factor).to(c.dtype), o_desc, sequence, head, m_start
+            )
+    else:
+        left, right = gl.split(
+            (o[0] * factor).to(c.dtype).reshape([c.tile_m, 2, c.o_width]).permute((0, 2, 1))
+        )
+        _store_part(problem, shared, group, 0, left, o_desc, sequence, head, m_start)
+        _store_part(problem, shared, group, 1, right, o_desc, sequence, head, m_start)
+
+
+@gluon.jit
+def _skipped_blocks(problem, shared, group: gl.constexpr, mask, it, n_blocks, n_end, m_start):
+    """Hand back unread the blocks at the diagonal that none of this consumer's rows may see; how many they are.
+
+    Each is waited for all the same: a phase must not be lapped.
+    """
+    c: gl.constexpr = problem.config.static
+    own_end, own, right_edge, left_edge = mask.key_blocks(m_start, m_start + c.tile_m, c.tile_n)
+    skipped = gl.minimum(n_end - own_end, n_blocks - 1)
+    for i in range(skipped):
+        shared.k.wait(it + i)
+        shared.v.wait(it + i)
+        if c.pingpong:
+            take_turn(group)
+            pass_turn(group, c.num_consumers)
+        shared.k.release(it + i)
+        shared.v.release(it + i)
+    return skipped
+
+
+@gluon.jit
+def _take_q(problem, shared, slot):
+    """Q of this tile as left operand, from registers or from shared memory."""
+    c: gl.constexpr = problem.config.static
+    q = ()
+    for i in gl.static_range(c.qk_chunks):
+        smem = shared.q.index(slot * c.qk_chunks + i)
+        if c.q_in_registers:
+            q = q + (smem.load(gl.DotOperandLayout(0, c.s_accumulator, 2)),)
+        else:
+            q = q + (smem,)
+    return q
+
+
+@gluon.jit
+def _empty_state(problem):
+    """No tile before: whatever O holds is never used, P is zero."""
+    c: gl.constexpr = problem.config.static
+    o = ()
+    for _ in gl.static_range(c.v_chunks):
+        o = o + (gl.zeros([c.tile_m, c.v_width], gl.float32, c.o_accumulator),)
+    zero = gl.zeros([c.tile_m, c.tile_n], gl.float32, c.s_accumulator)
+    row_max = gl.full([c.tile_m], 0.0, gl.float32, gl.SliceLayout(1, c.s_accumulator))
+    return State(o, pack_probabilities(zero, c.dtype), row_max, thread_sum(zero))
+
+
+@gluon.jit
+def _producer(problem, shared, sequences, schedule, q_desc, k_desc, v_desc):
+    c: gl.constexpr = problem.config.static
+    it = first_fill(c.num_stages) + 0
+    tile = 0
+    found, m_block, head, row, schedule = schedule.next(0)
+    while found:
+        sequence = sequences.sequence(row)
+        m_start = m_block * c.tile_rows
+        stage = tile % c.q_stages
+        for group in gl.static_range(c.num_consumers):
+            slot = stage * c.num_consumers + group
+            mbarrier.wait(shared.q_empty.index(slot), (tile // c.q_stages & 1) ^ 1)
+            shared.mailbox.send(slot, 0, m_start)
+            shared.mailbox.send(slot, 1, head)
+            sequences.send(shared.mailbox, slot, row)
+            load_tile(shared.q_full.index(slot), shared.q, slot, c.qk_chunks, q_desc, sequence, "q", head,
+                      m_start + group * c.tile_m)  # fmt: skip
+        n_end, n_blocks, right_edge, left_edge = problem.mask(sequence).key_blocks(
+            m_start, m_start + c.tile_rows, c.tile_n
+        )
+        kv_head = head // problem.group_size
+        for i in range(n_blocks):
+            n_start = (n_end - 1 - i) * c.tile_n
+            shared.k.fill(it + i, k_desc, sequence, "k", kv_head, n_start)
+            shared.v.fill(it + i, v_desc, sequence, "k", kv_head, n_start)
+        it += n_blocks
+        tile += 1
+        found, m_block, head, row, schedule = schedule.next(tile)
+    for group in gl.static_range(c.num_consumers):
+        slot = tile % c.q_stages * c.num_consumers + group
+        mbarrier.wait(shared.q_empty.index(slot), (tile // c.q_stages & 1) ^ 1)
+        shared.mailbox.send(slot, 0, END_OF_TILES)
+        mbarrier.arrive(shared.q_full.index(slot), count=1)
+
+
+@gluon.jit
+def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
+    c: gl.constexpr = problem.config.static
+    state = _empty_state(problem)
+    if c.pingpong and group == c.num_consumers - 1:
+        pass_turn(group, c.num_consumers)
+    it = first_fill(c.num_stages) + 0
+    tile = 0
+    mbarrier.wait(shared.q_full.index(group), 0)
+    m_tile = shared.mailbox.receive(group, 0)
+    before_head = shared.mailbox.receive(group, 1)  # of the tile before, as all of `before_...`
+    before_sequence = sequences.receive(shared.mailbox, group)
+    before_m_start = m_tile
+    before_blocks = 0
+    while m_tile >= 0:
+        slot = tile % c.q_stages * c.num_consumers + group
+        head = shared.mailbox.receive(slot, 1)
+        sequence = sequences.receive(shared.mailbox, slot)
+        q = _take_q(problem, shared, slot)
+        if c.q_in_registers:
+            mbarrier.arrive(shared.q_empty.index(slot), count=1)
+        m_start = m_tile + group * c.tile_m
+        mask = problem.mask(sequence)
+        n_end, n_blocks, right_edge, left_edge = mask.key_blocks(m_tile, m_tile + c.tile_rows, c.tile_n)
+        first = 0
+        if c.skip:
+            first = _skipped_blocks(problem, shared, group, mask, it, n_blocks, n_end, m_start)
+
+        fresh = State(
+            state.o, state.p, gl.full_like(state.row_max, float("-inf")), gl.zeros_like(state.row_sum)
+        )
+        started = _step(problem, shared, group, mask, q, fresh, it + first, before_blocks > 1, m_start,
+                        (n_end - 1 - first) * c.tile_n, c.Mask.masks, True)  # fmt: skip
+        if tile > 0:
+            _epilogue(problem, shared, group, started.o, state.row_max, state.row_sum, before_sequence, before_head,
+                      before_m_start, o_desc, lse_ptr)  # fmt: skip
+        state = started
+        second = first + 1
+        if c.Mask.masks:
+            state = _blocks(
+                problem, shared, group, mask, q, state, second, right_edge, it, second, m_start, n_end, True
+            )
+            whole = gl.maximum(right_edge, second)
+        else:
+            whole = second
+        state = _blocks(
+            problem, shared, group, mask, q, state, whole, left_edge, it, second, m_start, n_end, False
+        )
+        if c.Mask.has_left_edge:
+            state = _blocks(problem, shared, group, mask, q, state, gl.maximum(left_edge, whole), n_blocks, it, second,
+                            m_start, n_end, True)  # fmt: skip
+        if not c.q_in_registers:
+            mbarrier.arrive(shared.q_empty.index(slot), count=1)
+        before_m_start = m_start
+        before_head = head
+        before_sequence = sequence
+        before_blocks = n_blocks - first
+        it += n_blocks
+        tile += 1
+        slot = tile % c.q_stages * c.num_consumers + group
+        mbarrier.wait(shared.q_full.index(slot), tile // c.q_stages & 1)
+        m_tile = shared.mailbox.receive(slot, 0)
+    if tile > 0:
+        shared.v.wait(it - 1)
+        p = unpack_operand(state.p, c.dtype, c.o_accumulator)
+        started = _start_output(p, shared.v, it - 1, state.o, before_blocks > 1)
+        o = warpgroup_mma_wait(0, deps=started)
+        if c.v_chunks == 1:
+            o = (o,)
+        _epilogue(problem, shared, group, o, state.row_max, state.row_sum, before_sequence, before_head, before_m_start,
+                  o_desc, lse_ptr)  # fmt: skip
+        tma_store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["batch", "num_heads", "num_kv_heads", "seqlen_q", "seqlen_k", "window_left",
+                              "window_right", "group"], do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"])  # fmt: skip
+def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch,
+                      num_heads, num_kv_heads, seqlen_q, seqlen_k, window_left, window_right, group, scale_log2,
+                      inner_scale, config: gl.constexpr):  # fmt: skip
+    """seqlen_q, seqlen_k: lengths, or total packed rows; cu_seqlens and seqused: None where there are none;
+    group: heads that a schedule keeps together for L2."""
+    c: gl.constexpr = config.static
+    q_slots: gl.constexpr = c.q_stages * c.num_consumers
+    problem = Problem(num_heads, num_heads // num_kv_heads, seqlen_q, scale_log2, inner_scale, window_left, window_right,
+                      config)  # fmt: skip
+    sequences = c.Sequences.create(seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    schedule = c.Schedule.create(sequences, batch, num_heads, group, c.tile_rows)
+    shared = Shared(
+        gl.allocate_shared_memory(c.dtype, [q_slots * c.qk_chunks, c.tile_m, c.qk_width], c.q_layout),
+        make_barriers(q_slots, 1),
+        make_barriers(q_slots, 1),
+        make_ring(k_desc, c.tile_n, c.qk_width, c.qk_chunks, c.num_stages, c.num_consumers),
+        make_ring(v_desc, c.tile_n, c.v_width, c.v_chunks, c.num_stages, c.num_consumers),
+        gl.allocate_shared_memory(c.dtype, [c.num_consumers * c.o_buffers, c.tile_m, c.o_width], c.o_layout),
+        make_mailbox(q_slots),
+    )
+    if c.num_consumers == 2:
+        gl.warp_specialize([
+            (_consumer, (0, problem, shared, sequences, o_desc, lse_ptr)),
+            (_consumer, (1, problem, shared, sequences, o_desc, lse_ptr)),
+            (_producer, (problem, shared, sequences, schedule, q_desc, k_desc, v_desc)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consumer, (0, problem, shared, sequences, o_desc, lse_ptr)),
+            (_consumer, (1, problem, shared, sequences, o_desc, lse_ptr)),
+            (_consumer, (2, problem, shared, sequences, o_desc, lse_ptr)),
+            (_producer, (problem, shared, sequences, schedule, q_desc, k_desc, v_desc)),
+        ], [4, 4, 1], [160, 160, 32])  # fmt: skip

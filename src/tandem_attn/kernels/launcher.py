@@ -1,0 +1,80 @@
+"""The only host file that knows how this Triton launches a kernel.
+
+Triton's Python path rebuilds its arguments on every launch, which costs ten times the launch. 3.6 keeps the C function
+it ends in within reach (private); other versions take the public path, slower and just as right.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+def tensor_descriptor(tensor: torch.Tensor, shape: list[int], strides: list[int], box: list[int], layout):
+    """A host TMA descriptor over `tensor`'s storage with any shape and strides (elements)."""
+    return TensorDescriptor(tensor, shape, strides, box, layout)
+
+
+class KernelLauncher:
+    """One compiled kernel and what its launches have in common."""
+
+    def __init__(self, kernel, arguments: tuple, options: dict):
+        self.kernel, self.options = kernel, dict(options, enable_fp_fusion=True)
+        self.descriptors = [a for a in arguments if isinstance(a, TensorDescriptor)]
+        self.compiled = kernel.warmup(*arguments, grid=(1,), **self.options)
+        self._c_launch = self._find_c_launch()
+
+    def _find_c_launch(self):
+        """(C function, arguments between grid and kernel arguments), or None where this Triton hides it."""
+        if not triton.__version__.startswith("3.6."):
+            return None
+        try:
+            from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+            run = self.compiled.run
+            names = run.launch.__code__.co_freevars
+            cells = dict(zip(names, (x.cell_contents for x in run.launch.__closure__), strict=True))
+            self._encode = triton.runtime.driver.active.utils.fill_tma_descriptor
+            self._encodings = [
+                (
+                    (m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"]),
+                    (list(d.shape), list(d.strides), 0),
+                    (*d.shape, *d.strides),
+                )
+                for m, d in zip(cells["tensordesc_meta"], self.descriptors, strict=True)
+            ]
+            head = (run.launch_cooperative_grid, run.launch_pdl, None, None, self.compiled.packed_metadata)
+            return cells["launcher"], (self.compiled.function, *head, None, None, None)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def fast(self) -> bool:
+        """Whether launches go straight to the C function."""
+        return self._c_launch is not None
+
+    def encode(self, addresses: tuple[int, ...], tensors: tuple) -> list:
+        """What `launch` wants for these addresses: encoded tensor maps, or descriptors."""
+        if not self.fast:
+            return [
+                TensorDescriptor(t, d.shape, d.strides, d.block_shape, d.layout)
+                for t, d in zip(tensors, self.descriptors, strict=True)
+            ]
+        flat: list = []
+        for address, (before, after, sizes) in zip(addresses, self._encodings, strict=True):
+            flat += (self._encode(address, *before, *after), *sizes)
+        return flat
+
+    def launch(
+        self, programs: int, device: int, maps: list, lse, lengths: tuple, numbers: tuple, config
+    ) -> None:
+        """Enqueue on the current stream of `device`, which is the current device."""
+        if not self.fast:
+            self.kernel[(programs,)](*maps, lse, *lengths, *numbers, config, **self.options)
+            return
+        # pointers as int skip a driver query each
+        pointers = [None if t is None else t.data_ptr() for t in lengths]
+        function, head = self._c_launch
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        function(programs, 1, 1, stream, *head, *maps, lse.data_ptr(), *pointers, *numbers, config)

@@ -1,0 +1,347 @@
+"""The question: what attention is being asked for, and the only validation of it.
+
+`attention_spec` turns the arguments of a call into an `AttentionSpec` or raises. Errors name the argument,
+what it was and what is supported: TypeError for a wrong Python type or element type, ValueError for a wrong
+value, shape or device, NotImplementedError for what may come later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import numbers
+import sys
+from typing import NamedTuple, NoReturn
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+UNLIMITED = -1
+_LARGEST = sys.float_info.max
+
+# SymInt and SymFloat stand for numbers while torch.compile and torch.export look at a call
+_INTEGERS = (int, torch.SymInt, numbers.Integral)
+_REALS = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Which keys a query sees: `left` before its position to `right` after it, inclusive; -1 is unlimited.
+
+    The position of query i among the keys is i + seqlen_k - seqlen_q: both sequences end together
+    (bottom-right alignment). (-1, -1) is full attention, (-1, 0) causal.
+    """
+
+    left: int = UNLIMITED
+    right: int = UNLIMITED
+
+    def __post_init__(self) -> None:
+        for side in (self.left, self.right):
+            _check_int("window_size", side, UNLIMITED)
+
+    def __str__(self) -> str:
+        return "full" if self.full else "causal" if self.causal else f"window ({self.left}, {self.right})"
+
+    @property
+    def full(self) -> bool:
+        return self.left == UNLIMITED and self.right == UNLIMITED
+
+    @property
+    def causal(self) -> bool:
+        return self.left == UNLIMITED and self.right == 0
+
+    def reduced(self, seqlen_q: int, seqlen_k: int) -> Window:
+        """The same window for sequences up to these lengths, unlimited on each side that reaches every key.
+
+        The last query sits on key seqlen_k - 1 and the first on seqlen_k - seqlen_q. One query under a causal
+        mask therefore sees everything.
+        """
+        left = UNLIMITED if self.left >= seqlen_k - 1 else self.left
+        right = UNLIMITED if self.right >= seqlen_q - 1 else self.right
+        return Window(left, right)
+
+
+class Lengths(NamedTuple):
+    """Where packed sequences start and how long they are: the varlen arguments."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    seqused_q: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class Options(NamedTuple):
+    """The numbers of a call. `softmax_scale` None is 1 / sqrt(head_dim)."""
+
+    softmax_scale: float | None
+    window_left: int
+    window_right: int
+    softcap: float
+    sm_margin: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """A question without addresses: two calls with equal specs may share everything but their pointers."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    seqlen_q: int  # varlen: max_seqlen_q
+    seqlen_k: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    softmax_scale: float
+    window: Window
+    softcap: float  # 0: none
+    varlen: bool
+    total_q: int  # rows of q in memory; dense: batch * seqlen_q
+    total_k: int
+    has_seqused_q: bool
+    has_seqused_k: bool
+    q_stride: tuple[int, ...]  # elements
+    k_stride: tuple[int, ...]
+    v_stride: tuple[int, ...]
+    aligned: bool  # all three base addresses are multiples of 16 bytes
+    sm_margin: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def causal(self) -> bool:
+        return self.window.causal
+
+    @property
+    def is_empty(self) -> bool:
+        """No query, or no key for any of them: the answer is known without looking at numbers."""
+        return 0 in (self.batch, self.seqlen_q, self.seqlen_k, self.total_q, self.total_k)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        rows = (self.total_q,) if self.varlen else (self.batch, self.seqlen_q)
+        return (*rows, self.num_heads, self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        return (self.num_heads, self.total_q) if self.varlen else (self.batch, self.num_heads, self.seqlen_q)
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        return lse_dtype(self.dtype)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, and float64 for float64 inputs: also the type in which the reference computes."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_spec(q, k, v, lengths: Lengths | None, options: Options) -> AttentionSpec:
+    """The question that these arguments ask. Reads shapes only; `check_contents` looks into lengths."""
+    check_types(q, k, v, lengths)
+    options = check_options(options)
+    check_tensors(q, k, v, lengths)
+    if lengths is None:
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        total_q, total_k = batch * seqlen_q, batch * seqlen_k
+    else:
+        batch = lengths.cu_seqlens_q.shape[0] - 1
+        seqlen_q, seqlen_k = int(lengths.max_seqlen_q), int(lengths.max_seqlen_k)
+        total_q, total_k = q.shape[0], k.shape[0]
+    scale = options.softmax_scale
+    return AttentionSpec(
+        device=q.device,
+        dtype=q.dtype,
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        num_heads=q.shape[-2],
+        num_kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        window=Window(options.window_left, options.window_right).reduced(seqlen_q, seqlen_k),
+        softcap=options.softcap,
+        varlen=lengths is not None,
+        total_q=total_q,
+        total_k=total_k,
+        has_seqused_q=lengths is not None and lengths.seqused_q is not None,
+        has_seqused_k=lengths is not None and lengths.seqused_k is not None,
+        q_stride=q.stride(),
+        k_stride=k.stride(),
+        v_stride=v.stride(),
+        aligned=(q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0,
+        sm_margin=options.sm_margin,
+    )
+
+
+def window_sides(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """(left, right) of the window that these two public arguments describe together."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        _refuse(ValueError, "window_size", window_size, "a pair (left, right) of integers, -1 for unlimited")
+    if type(left) is not int or type(right) is not int:
+        _check_int("window_size", left, UNLIMITED)
+        _check_int("window_size", right, UNLIMITED)
+        left, right = int(left), int(right)
+    if left < UNLIMITED or right < UNLIMITED:
+        _refuse(ValueError, "window_size", window_size, "sides of at least 0, or -1 for unlimited")
+    if causal is False:
+        return left, right
+    if causal is not True:
+        _refuse(TypeError, "causal", causal, "True or False")
+    if right > 0:
+        _refuse(ValueError, "window_size", window_size, "right side 0 or -1 together with causal=True")
+    return left, 0
+
+
+def check_types(q, k, v, lengths: Lengths | None) -> None:
+    """Raise unless tensors are tensors and lengths integers: what operators call a schema mismatch."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            _refuse(TypeError, name, type(x).__name__, "a torch.Tensor")
+    if lengths is None:
+        return
+    for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True):
+        if not isinstance(x, torch.Tensor) and not (x is None and name in ("seqused_q", "seqused_k")):
+            _refuse(TypeError, name, type(x).__name__, "a torch.Tensor of dtype int32")
+    for name, x in zip(Lengths._fields[4:], lengths[4:], strict=True):
+        _check_int(name, x, 0)
+
+
+def check_options(options: Options) -> Options:
+    """The same numbers as plain float and int, or an error."""
+    scale, left, right, softcap, sm_margin = options
+    if scale is not None:
+        scale = _check_real("softmax_scale", scale, "a finite number, or None for 1 / sqrt(head_dim)")
+    softcap = _check_real("softcap", softcap, "a finite number, 0 for none")
+    if softcap < 0:
+        _refuse(ValueError, "softcap", softcap, "at least 0 (0: none)")
+    _check_int("sm_margin", sm_margin, 0)
+    return Options(scale, left, right, softcap, sm_margin)
+
+
+def check_tensors(q, k, v, lengths: Lengths | None) -> None:
+    """Raise unless shapes, types and devices fit together. Looks at no numbers: fakes are welcome."""
+    form, rank = "(batch, seqlen, heads, head_dim)", 4
+    if lengths is not None:
+        form, rank = "(total, heads, head_dim) with cu_seqlens", 3
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.layout != torch.strided:
+            _refuse(ValueError, name, f"a tensor with layout {x.layout}", "torch.strided")
+        if x.dim() != rank:
+            _refuse(ValueError, name, f"a tensor of shape {tuple(x.shape)}", f"{rank} dimensions {form}")
+        _check_dtype(name, x.dtype, q.dtype)
+        if x.device != q.device:
+            _refuse(ValueError, name, f"on {x.device}", f"the device of q, {q.device}")
+    _check_shapes(q, k, v)
+    if lengths is not None:
+        _check_lengths(q, lengths)
+
+
+def _check_dtype(name: str, dtype: torch.dtype, expected: torch.dtype) -> None:
+    if dtype in DTYPES:
+        if dtype != expected:
+            _refuse(TypeError, name, f"of dtype {dtype}", f"the dtype of q, {expected}")
+    elif dtype.is_floating_point and dtype.itemsize == 1:
+        _refuse(NotImplementedError, name, f"of dtype {dtype}", "16 bits and wider; FP8 is not written yet")
+    else:
+        _refuse(TypeError, name, f"of dtype {dtype}", ", ".join(map(str, DTYPES)))
+
+
+def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    rows, heads, head_dim = tuple(k.shape[:-2]), k.shape[-2], k.shape[-1]
+    if q.dim() == 4 and k.shape[0] != q.shape[0]:
+        _refuse(ValueError, "k", f"of batch size {k.shape[0]}", f"the batch size of q, {q.shape[0]}")
+    if tuple(v.shape[:-2]) != rows:
+        _refuse(ValueError, "v", f"of shape {tuple(v.shape)}", f"as many keys as k, {rows}")
+    if v.shape[-2] != heads:
+        _refuse(ValueError, "v", f"of {v.shape[-2]} heads", f"the heads of k, {heads}")
+    if heads == 0 or q.shape[-2] == 0 or q.shape[-2] % heads != 0:
+        was = f"of {q.shape[-2]} heads with k of {heads}"
+        _refuse(ValueError, "q", was, "a positive multiple of the heads of k (MHA, GQA, MQA)")
+    if q.shape[-1] == 0:
+        _refuse(ValueError, "q", "of head_dim 0", "head_dim of at least 1")
+    if head_dim != q.shape[-1]:
+        _refuse(ValueError, "k", f"of head_dim {head_dim}", f"the head_dim of q, {q.shape[-1]}")
+    if v.shape[-1] == 0:
+        _refuse(ValueError, "v", "of head_dim 0", "head_dim of at least 1; it may differ from that of q")
+
+
+def _check_lengths(q: torch.Tensor, lengths: Lengths) -> None:
+    expected = None
+    for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True):
+        if x is None:
+            continue
+        if x.dtype != torch.int32:
+            _refuse(TypeError, name, f"of dtype {x.dtype}", "torch.int32")
+        if x.device != q.device:
+            _refuse(ValueError, name, f"on {x.device}", f"the device of q, {q.device}")
+        form = "(batch + 1,), one dimension" if name.startswith("cu_") else "(batch,), one dimension"
+        if x.dim() != 1 or not x.is_contiguous():
+            was = f"of shape {tuple(x.shape)}, strides {x.stride()}"
+            _refuse(ValueError, name, was, f"{form}, contiguous")
+        batch = x.shape[0] - 1 if name.startswith("cu_") else x.shape[0]
+        if expected is None:
+            expected = batch
+            if batch < 0:
+                _refuse(ValueError, name, "empty", f"{form}: at least the leading 0")
+        elif batch != expected:
+            _refuse(ValueError, name, f"for {batch} sequences", f"the batch size of cu_seqlens_q, {expected}")
+
+
+def check_contents(lengths: Lengths, total_q: int, total_k: int) -> None:
+    """Raise unless the numbers inside the length tensors make sense. On a GPU this waits for the device."""
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
+    _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, total_q)
+    _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, total_k)
+
+
+def _check_side(side: str, cu_seqlens, seqused, max_seqlen: int, total: int) -> None:
+    starts = cu_seqlens.tolist()
+    lengths = [after - before for before, after in itertools.pairwise(starts)]
+    name = f"cu_seqlens_{side}"
+    if starts[0] < 0:
+        _refuse(ValueError, name, f"starting at {starts[0]}", "starts of at least 0")
+    if min(lengths, default=0) < 0:
+        i = next(i for i, n in enumerate(lengths) if n < 0)
+        was = f"falling from {starts[i]} to {starts[i + 1]} at {i}"
+        _refuse(ValueError, name, was, "starts that never fall")
+    if starts[-1] > total:
+        _refuse(ValueError, name, f"ending at {starts[-1]}", f"at most the {total} rows of {side}")
+    if seqused is not None:
+        used = seqused.tolist()
+        for i, (n, room) in enumerate(zip(used, lengths, strict=True)):
+            if not 0 <= n <= room:
+                supported = f"0 to {room}, the length of that sequence"
+                _refuse(ValueError, f"seqused_{side}", f"{n} at {i}", supported)
+        lengths = used
+    longest = max(lengths, default=0)
+    if longest > max_seqlen:
+        _refuse(ValueError, f"max_seqlen_{side}", max_seqlen, f"at least {longest}, the longest sequence")
+
+
+def _check_int(name: str, x, least: int) -> None:
+    if isinstance(x, bool) or not isinstance(x, _INTEGERS):
+        _refuse(TypeError, name, f"{x!r} ({type(x).__name__})", "int")
+    if x < least:
+        _refuse(ValueError, name, x, f"at least {least}")
+
+
+def _check_real(name: str, x, supported: str) -> float:
+    if isinstance(x, bool) or not isinstance(x, _REALS):
+        _refuse(TypeError, name, f"{x!r} ({type(x).__name__})", supported)
+    if not -_LARGEST <= x <= _LARGEST:  # NaN and infinities; comparisons are what torch.compile can trace
+        _refuse(ValueError, name, x, supported)
+    return x if isinstance(x, (torch.SymFloat, torch.SymInt)) else float(x)
+
+
+def _refuse(error: type[Exception], name: str, was, supported: str) -> NoReturn:
+    raise error(f"{name} is {was}; supported: {supported}")

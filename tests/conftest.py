@@ -1,0 +1,76 @@
+"""Shared fixtures: a fixed seed, no leftover decisions, and NaN in memory that the library leaves unset."""
+
+import sys
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("tandem", derandomize=True, deadline=None, max_examples=40)
+hypothesis.settings.load_profile("tandem")
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a Hopper GPU (compute capability 9.0)")
+    config.addinivalue_line("markers", "plain_empty: torch.empty is left alone, for timing")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    reason = why_no_hopper()
+    if reason:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def why_no_hopper() -> str:
+    """Why GPU tests cannot run here; empty if they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    return "" if capability == (9, 0) else f"compute capability {capability}, Hopper is (9, 0)"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Each test decides anew, from no TANDEM_ variables, with the same random numbers."""
+    from tandem_attn import ops
+
+    for name in ("TANDEM_BACKEND", "TANDEM_LOG", "TANDEM_VALIDATE"):
+        monkeypatch.delenv(name, raising=False)
+    ops.clear_plans()
+    torch.manual_seed(0)
+    yield
+    ops.clear_plans()
+
+
+@pytest.fixture(autouse=True)
+def nan_in_empty(request, monkeypatch):
+    """Memory that tandem_attn allocates without setting it holds NaN, so that forgetting to write shows."""
+    if "plain_empty" in request.keywords:
+        return
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("tandem_attn.") and out.is_floating_point():
+                out.fill_(float("nan"))
+            return out
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """A function that forces a backend for the rest of the test."""
+    from tandem_attn import ops
+
+    def force(name: str) -> None:
+        monkeypatch.setenv("TANDEM_BACKEND", name)
+        ops.clear_plans()
+
+    return force
