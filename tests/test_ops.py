@@ -130,7 +130,7 @@ def test_compile_qkvpacked_under_autocast():
 
 def test_compile_reports_mistakes():
     fast, _ = compiled(lambda q, k: flash_attn_func(q, k, k))
-    with pytest.raises(Exception, match="q is of .* heads with k of .*; supported: a positive multiple"):
+    with pytest.raises(Exception, match=r"q is of .* heads with k of .*; supported: a positive multiple"):
         fast(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 3, 8))
 
 

@@ -1,4 +1,5 @@
-"""The one file that knows which Triton this is: names that moved between 3.6 and 3.9, aggregates, and policies.
+"""The one file that knows which Triton this is: names that moved between 3.6 and 3.9, aggregates, and
+policies.
 
 Everything else in `device` and `kernels` imports Gluon from here.
 """
@@ -60,8 +61,8 @@ def policy(**traits):
 
     `traits` are compile-time facts about the class, read in device code as `Policy.trait`.
 
-    Triton keys a class passed as a constexpr by its name alone, so an edited method would find the old kernel in
-    the cache and two classes made by a factory would share one. The name therefore carries a digest of the
+    Triton keys a class passed as a constexpr by its name alone, so an edited method would find the old kernel
+    in the cache and two classes made by a factory would share one. The name therefore carries a digest of the
     sources.
     """
 

@@ -1,7 +1,7 @@
 """How the producer tells the consumers which tile comes next.
 
-One slot per Q buffer; the slot is written before the producer arrives on that buffer's `full` barrier and read before
-the consumer arrives on `empty`, so the two barriers of Q order the mail as well.
+One slot per Q buffer; the slot is written before the producer arrives on that buffer's `full` barrier and
+read before the consumer arrives on `empty`, so the two barriers of Q order the mail as well.
 """
 
 from tandem_attn.device.gluon import aggregate, gl, gluon

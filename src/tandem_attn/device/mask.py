@@ -1,13 +1,14 @@
 """Which keys a query row may see: the range of key blocks to visit and the test of one element.
 
-A mask is a class with two jit methods. Kernels take the class as a constexpr, so a new mask is a class here, a row in
-`kernels/forward.py: MASKS` and nothing elsewhere. Block ranges use only + - * // min max on numbers made non-negative
-first (division truncates on the GPU and floors in Python), so tests call the same code on plain integers:
-`CausalMask.key_blocks.fn(mask, m_start, m_end, tile_n)`.
+A mask is a class with two jit methods. Kernels take the class as a constexpr, so a new mask is a class here,
+a row in `kernels/forward.py: MASKS` and nothing elsewhere. Block ranges use only + - * // min max on numbers
+made non-negative first (division truncates on the GPU and floors in Python), so tests call the same code on
+plain integers: `CausalMask.key_blocks.fn(mask, m_start, m_end, tile_n)`.
 
 Key blocks are counted backwards, from the last one that any row of the tile may see. Of these, the first
-`right_edge` and those from `left_edge` on need the element test; the blocks between are seen whole by every row.
-At least one block is visited even where no row sees a key: its scores are all masked, and the epilogue writes 0.
+`right_edge` and those from `left_edge` on need the element test; the blocks between are seen whole by every
+row. At least one block is visited even where no row sees a key: its scores are all masked, and the epilogue
+writes 0.
 """
 
 from tandem_attn.device.gluon import gl, gluon, policy
@@ -24,7 +25,8 @@ class NoMask:
 
     @gluon.jit
     def key_blocks(self, m_start, m_end, tile_n):
-        """(end, count, right_edge, left_edge) for query rows m_start to m_end: blocks end-1, end-2, ... end-count."""
+        """(end, count, right_edge, left_edge) for query rows m_start to m_end: blocks end-1, end-2, ...
+        end-count."""
         n = self.seqlen_k // tile_n
         return n, n, 0, n
 
@@ -77,7 +79,8 @@ class CausalMask:
 
 @policy(masks=True, has_left_edge=True)
 class WindowMask:
-    """Row i sees keys i + d - window_left to i + d + window_right, d = seqlen_k - seqlen_q (both ends inclusive).
+    """Row i sees keys i + d - window_left to i + d + window_right, d = seqlen_k - seqlen_q (both ends
+    inclusive).
 
     The host replaces an unbounded side by a number no length reaches (2^30).
     """
@@ -113,8 +116,9 @@ class WindowMask:
 def apply_mask(mask, s, m_start, n_start):
     """Scores of rows m_start.. and keys n_start.., -inf where the mask forbids.
 
-    Columns as [N // 8 (registers), 4 (lanes), 2 (registers)]: register indices are constants, and a lane's part moves
-    into the limit, which cut the instructions of a masked block from 360 to 136 (H200, 2026-11-22).
+    Columns as [N // 8 (registers), 4 (lanes), 2 (registers)]: register indices are constants, and a lane's
+    part moves into the limit, which cut the instructions of a masked block from 360 to 136 (H200,
+    2026-11-22).
     """
     M: gl.constexpr = s.shape[0]
     N: gl.constexpr = s.shape[1]

@@ -1,7 +1,7 @@
 """How probabilities travel from the softmax of one block to the matrix product of the next.
 
-Loop-carried 16-bit values are split into one register each and repacked on every turn (64 PRMT at 128 keys); packed in
-pairs into int32 they cross the loop for free.
+Loop-carried 16-bit values are split into one register each and repacked on every turn (64 PRMT at 128 keys);
+packed in pairs into int32 they cross the loop for free.
 """
 
 from tandem_attn.device.gluon import gl, gluon
@@ -22,8 +22,8 @@ def pack_probabilities(p, dtype: gl.constexpr):
 
 @gluon.jit
 def unpack_operand(x, dtype: gl.constexpr, o_layout: gl.constexpr):
-    """The packed probabilities as left operand of P V. Call it before the first wgmma of an iteration: between two of
-    them ptxas would serialise all (C7513)."""
+    """The packed probabilities as left operand of P V. Call it before the first wgmma of an iteration:
+    between two of them ptxas would serialise all (C7513)."""
     M: gl.constexpr = x.shape[0]
     N: gl.constexpr = x.shape[1] * 2
     y = gl.inline_asm_elementwise(

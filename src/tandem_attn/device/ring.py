@@ -1,8 +1,9 @@
 """Stages in shared memory, filled by TMA and emptied by the consumer warpgroups.
 
-A tile of `chunks` pieces of `width` columns lies in one stage: wgmma and TMA want powers of two, and head dimensions
-96 and 192 are three times one. Users name a fill by its running number; stage and barrier phase follow from it. Numbers start at `first_fill`, not
-at 0, so that the fill before the first also has a number that is not negative.
+A tile of `chunks` pieces of `width` columns lies in one stage: wgmma and TMA want powers of two, and head
+dimensions 96 and 192 are three times one. Users name a fill by its running number; stage and barrier phase
+follow from it. Numbers start at `first_fill`, not at 0, so that the fill before the first also has a number
+that is not negative.
 """
 
 from tandem_attn.device.gluon import aggregate, gl, gluon, mbarrier, tma_load

@@ -1,11 +1,13 @@
-"""Which tiles a program works on, and in which order. Only the producer asks; consumers get each tile by mail.
+"""Which tiles a program works on, and in which order. Only the producer asks; consumers get each tile by
+mail.
 
-A schedule has `create(...)`, and `next(i)` that returns the program's i-th tile as (found, m_block, head, sequence id,
-schedule). Its integer methods use only + - * // % on non-negative numbers, so tests call them on plain ints.
+A schedule has `create(...)`, and `next(i)` that returns the program's i-th tile as (found, m_block, head,
+sequence id, schedule). Its integer methods use only + - * // % on non-negative numbers, so tests call them on
+plain ints.
 
-Tiles are numbered 0, 1, 2, ... in the order in which they should start; round r holds tiles r * P to r * P + P - 1 for
-P programs. Odd rounds run backwards over the programs (`snake`), so that what one round gives too much of, the next
-takes back.
+Tiles are numbered 0, 1, 2, ... in the order in which they should start; round r holds tiles r * P to r * P +
+P - 1 for P programs. Odd rounds run backwards over the programs (`snake`), so that what one round gives too
+much of, the next takes back.
 """
 
 from tandem_attn.device.gluon import gl, gluon, policy
@@ -28,9 +30,10 @@ def snake(i, program, num_programs):
 def tile_in_rows(t, num_rows, num_m_blocks, group):
     """Tile t of num_rows x num_m_blocks: (m_block, row), a row being one head of one sequence.
 
-    Rows are taken in groups whose keys and values fit in L2 together. Within a group all rows do their last (for causal
-    longest) blocks first; every second group runs the other way, so that the cost never jumps where groups meet and
-    the last group ends with the shortest tiles. Balance 0.97 to 1.00 of ideal on the benchmark grid.
+    Rows are taken in groups whose keys and values fit in L2 together. Within a group all rows do their last
+    (for causal longest) blocks first; every second group runs the other way, so that the cost never jumps
+    where groups meet and the last group ends with the shortest tiles. Balance 0.97 to 1.00 of ideal on the
+    benchmark grid.
     """
     g = t // (group * num_m_blocks)
     u = t - g * (group * num_m_blocks)
@@ -67,7 +70,8 @@ class DenseTiles:
 
 @policy()
 class PlainTiles:
-    """Every sequence has the same number of tiles of equal cost: one head after the other, no order to keep."""
+    """Every sequence has the same number of tiles of equal cost: one head after the other, no order to
+    keep."""
 
     num_m_blocks: gl.tensor
     num_heads: gl.tensor
@@ -87,10 +91,11 @@ class PlainTiles:
 
 @policy()
 class VarlenTiles:
-    """Sequences of different lengths, known to the device alone: they follow one another, each as in DenseTiles.
+    """Sequences of different lengths, known to the device alone: they follow one another, each as in
+    DenseTiles.
 
-    The search looks at 32 sequences at a time and never goes back (a program's tile numbers grow). Its state is the
-    first sequence of the current 32 and the number of tiles before it.
+    The search looks at 32 sequences at a time and never goes back (a program's tile numbers grow). Its state
+    is the first sequence of the current 32 and the number of tiles before it.
     """
 
     sequences: Varlen

@@ -1,12 +1,13 @@
 """Where a sequence starts, how long it is, and the TMA coordinates of its rows.
 
-`Dense` and `Varlen` know all sequences of a call; `sequence(...)` gives one of them. The producer makes it, consumers
-read it from the mailbox. Dense descriptors have dimensions (batch, head, row, column) and TMA itself stops at the end
-of the rows. Packed sequences share one row dimension, in which a tile at the end of a sequence would reach into the
-next one. `PackedSequence.coords` makes TMA stop there as well, with two more dimensions: the row coordinate is shifted
-so that the sequence ends where the descriptor ends (row `RAGGED_END`), and the shift is taken back by strides, in
-64-bit address arithmetic that wraps around (an idea of Triton's `tools/ragged_tma.py`). So rows outside the declared
-lengths are read as zeros and never written, whatever they hold.
+`Dense` and `Varlen` know all sequences of a call; `sequence(...)` gives one of them. The producer makes it,
+consumers read it from the mailbox. Dense descriptors have dimensions (batch, head, row, column) and TMA
+itself stops at the end of the rows. Packed sequences share one row dimension, in which a tile at the end of a
+sequence would reach into the next one. `PackedSequence.coords` makes TMA stop there as well, with two more
+dimensions: the row coordinate is shifted so that the sequence ends where the descriptor ends (row
+`RAGGED_END`), and the shift is taken back by strides, in 64-bit address arithmetic that wraps around (an idea
+of Triton's `tools/ragged_tma.py`). So rows outside the declared lengths are read as zeros and never written,
+whatever they hold.
 """
 
 from tandem_attn.device.gluon import aggregate, gl, gluon, policy
@@ -75,9 +76,11 @@ class Dense:
 
 @policy(packed=True)
 class Varlen:
-    """Packed sequences: rows cu_seqlens[b] to cu_seqlens[b + 1], of which the first seqused[b] count if it is given.
+    """Packed sequences: rows cu_seqlens[b] to cu_seqlens[b + 1], of which the first seqused[b] count if it is
+    given.
 
-    Lengths come from device memory that the host never reads: whatever is there, no row outside [0, total) is touched.
+    Lengths come from device memory that the host never reads: whatever is there, no row outside [0, total) is
+    touched.
     """
 
     total_q: gl.tensor

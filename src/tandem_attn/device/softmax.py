@@ -1,4 +1,5 @@
-"""Online softmax in base 2 (arXiv 2407.08608, section 2.3; scores carry log2(e), so that exp2 is one instruction).
+"""Online softmax in base 2 (arXiv 2407.08608, section 2.3; scores carry log2(e), so that exp2 is one
+instruction).
 
 Row sums are kept per thread, as [M, 4]: the four lanes that share a row meet only in the epilogue.
 """
@@ -26,14 +27,16 @@ def log_sum_exp(row_max, row_sum, scale_log2):
 
 @gluon.jit
 def soft_capped(s, inner_scale):
-    """tanh(s * inner_scale), by exp2 and a division: exact to fp32 rounding, where tanh.approx keeps 11 bits."""
+    """tanh(s * inner_scale), by exp2 and a division: exact to fp32 rounding, where tanh.approx keeps 11
+    bits."""
     e = gl.exp2(s * (inner_scale * 2.8853900817779268))
     return 1.0 - 2.0 / (e + 1.0)
 
 
 @gluon.jit
 def pinned(x):
-    """x, with a use (a store that never happens: alpha is never above 1e38) that ptxas can neither drop nor sink."""
+    """x, with a use (a store that never happens: alpha is never above 1e38) that ptxas can neither drop nor
+    sink."""
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.gt.f32 p, $1, 0f7F000000; @p st.shared.f32 [a], $1;"
         " mov.b32 $0, $1; }",
@@ -50,7 +53,8 @@ def _rescale_asm(n):
     moves = "".join(f"mov.b32 ${i}, ${n + i}; " for i in range(n))
     products = "".join(f"mul.f32 ${i}, ${i}, ${2 * n + i}; " for i in range(n))
     return (
-        f"{{ .reg .pred p, q; setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.f32 q, ${2 * n + 2}, 0f3F800000; "
+        f"{{ .reg .pred p, q; setp.neu.f32 p, ${2 * n}, 0f3F800000; "
+        f"setp.neu.f32 q, ${2 * n + 2}, 0f3F800000; "
         f"or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; {moves}@!p bra.uni SKIP; {products}SKIP: }}"
     )
 
@@ -64,8 +68,8 @@ def _rescale_constraints(n):
 def rescaled(o, alpha, lazy: gl.constexpr):
     """o times alpha, by rows. Lazy: a warp whose alphas are all 1 branches over the products.
 
-    The registers of a wgmma accumulator alternate in pairs between the two rows of a thread: alpha 0 and alpha 2 of
-    one asm statement are all there is to look at.
+    The registers of a wgmma accumulator alternate in pairs between the two rows of a thread: alpha 0 and
+    alpha 2 of one asm statement are all there is to look at.
     """
     if lazy:
         n: gl.constexpr = min(o.shape[1] // 2, 64)

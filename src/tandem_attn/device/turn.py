@@ -1,8 +1,8 @@
 """Ping-pong (arXiv 2407.08608, section 3.1): whose turn it is to give the tensor cores work.
 
-Hardware named barriers in raw PTX rather than mbarriers: Gluon's `mbarrier.arrive` brings a partition-wide bar.sync
-with it, and that version lost 2 to 10% where this one gains 1 to 9% (H200, 2026-11-22). Triton itself uses the low
-named barriers (0 to 5 seen); these start at 8.
+Hardware named barriers in raw PTX rather than mbarriers: Gluon's `mbarrier.arrive` brings a partition-wide
+bar.sync with it, and that version lost 2 to 10% where this one gains 1 to 9% (H200, 2026-11-22). Triton
+itself uses the low named barriers (0 to 5 seen); these start at 8.
 """
 
 from tandem_attn.device.gluon import gl, gluon

@@ -1,6 +1,7 @@
 """What the forward kernel is compiled for, and which choice measured best.
 
-`ForwardConfig` is everything the kernel knows at compile time; `forward_config(spec)` finds the row of the table.
+`ForwardConfig` is everything the kernel knows at compile time; `forward_config(spec)` finds the row of the
+table.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def column_chunks(head_dim: int) -> int:
 
 
 class Static:
-    """A config as device code reads it: every attribute is a gl.constexpr, fit for shapes, layouts and ranges."""
+    """A config as device code reads it: every attribute is a gl.constexpr, fit for shapes, layouts and
+    ranges."""
 
     def __init__(self, config: ForwardConfig):
         self._config = config

@@ -1,8 +1,9 @@
-"""FlashAttention-3 forward for sm_90a: one producer warp, two or three consumer warpgroups (arXiv 2407.08608, alg. 2).
+"""FlashAttention-3 forward for sm_90a: one producer warp, two or three consumer warpgroups (arXiv 2407.08608,
+alg. 2).
 
 One program per multiprocessor walks a list of tiles; a tile is 64 query rows per consumer of one head.
 
-    producer   asks the schedule for the next tile and mails it; loads Q, then K and V block by block, last keys first
+    producer   asks the schedule for the next tile and mails it; loads Q, then K and V, last keys first
     consumers  per key block i:  take the turn
                                  start S = Q K_i^T                  (wgmma, asynchronous)
                                  start O += P_(i-1) V_(i-1)         (wgmma, asynchronous)
@@ -10,8 +11,9 @@ One program per multiprocessor walks a list of tiles; a tile is 64 query rows pe
                                  softmax of S: row maximum, exponentials, row sum
                                  wait for O; release V_(i-1); scale O; round and pack P_i
 
-A tile's first block carries the last P V of the tile before, whose O is written by TMA while the new tile runs. Why each
-of these is so, what it measured, and the budgets of registers and shared memory: docs/kernels/forward.md.
+A tile's first block carries the last P V of the tile before, whose O is written by TMA while the new tile
+runs. Why each of these is so, what it measured, and the budgets of registers and shared memory:
+docs/kernels/forward.md.
 """
 
 from tandem_attn.device.gluon import (
@@ -115,10 +117,11 @@ def _finish_output(started, v: Ring, j, alpha, has_pv, rescale: gl.constexpr, la
 @gluon.jit
 def _step(problem, shared, group: gl.constexpr, mask, q, state, j, use_acc, m_start, n_start,
           masked: gl.constexpr, first: gl.constexpr):  # fmt: skip
-    """Key block j: its scores and P V of the block before in flight together, then its softmax. Returns the next state.
+    """Key block j: its scores and P V of the block before in flight together, then its softmax. Returns the
+    next state.
 
-    `first` of a tile: maximum and sum in `state` are fresh, o and p are those of the tile before (if there was one),
-    whose finished O the next state holds unscaled.
+    `first` of a tile: maximum and sum in `state` are fresh, o and p are those of the tile before (if there
+    was one), whose finished O the next state holds unscaled.
     """
     c: gl.constexpr = problem.config.static
     has_pv = j > first_fill(c.num_stages) if first else True
@@ -159,7 +162,8 @@ def _step(problem, shared, group: gl.constexpr, mask, q, state, j, use_acc, m_st
 @gluon.jit
 def _blocks(problem, shared, group: gl.constexpr, mask, q, state, begin, end, it, second, m_start, n_end,
             masked: gl.constexpr):  # fmt: skip
-    """Key blocks begin to end - 1 of a tile, counted from its last block back; `second` is the one after the first."""
+    """Key blocks begin to end - 1 of a tile, counted from its last block back; `second` is the one after the
+    first."""
     c: gl.constexpr = problem.config.static
     for i in range(begin, end):
         n_start = (n_end - 1 - i) * c.tile_n
@@ -211,7 +215,8 @@ def _epilogue(
 
 @gluon.jit
 def _skipped_blocks(problem, shared, group: gl.constexpr, mask, it, n_blocks, n_end, m_start):
-    """Hand back unread the blocks at the diagonal that none of this consumer's rows may see; how many they are.
+    """Hand back unread the blocks at the diagonal that none of this consumer's rows may see; how many they
+    are.
 
     Each is waited for all the same: a phase must not be lapped.
     """
@@ -325,7 +330,8 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
         started = _step(problem, shared, group, mask, q, fresh, it + first, before_blocks > 1, m_start,
                         (n_end - 1 - first) * c.tile_n, c.Mask.masks, True)  # fmt: skip
         if tile > 0:
-            _epilogue(problem, shared, group, started.o, state.row_max, state.row_sum, before_sequence, before_head,
+            _epilogue(problem, shared, group, started.o, state.row_max, state.row_sum, before_sequence,
+            before_head,
                       before_m_start, o_desc, lse_ptr)  # fmt: skip
         state = started
         second = first + 1
@@ -340,7 +346,8 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
             problem, shared, group, mask, q, state, whole, left_edge, it, second, m_start, n_end, False
         )
         if c.Mask.has_left_edge:
-            state = _blocks(problem, shared, group, mask, q, state, gl.maximum(left_edge, whole), n_blocks, it, second,
+            state = _blocks(problem, shared, group, mask, q, state, gl.maximum(left_edge, whole), n_blocks,
+            it, second,
                             m_start, n_end, True)  # fmt: skip
         if not c.q_in_registers:
             mbarrier.arrive(shared.q_empty.index(slot), count=1)
@@ -360,22 +367,24 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
         o = warpgroup_mma_wait(0, deps=started)
         if c.v_chunks == 1:
             o = (o,)
-        _epilogue(problem, shared, group, o, state.row_max, state.row_sum, before_sequence, before_head, before_m_start,
+        _epilogue(problem, shared, group, o, state.row_max, state.row_sum, before_sequence, before_head,
+        before_m_start,
                   o_desc, lse_ptr)  # fmt: skip
         tma_store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["batch", "num_heads", "num_kv_heads", "seqlen_q", "seqlen_k", "window_left",
                               "window_right", "group"], do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"])  # fmt: skip
-def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch,
-                      num_heads, num_kv_heads, seqlen_q, seqlen_k, window_left, window_right, group, scale_log2,
-                      inner_scale, config: gl.constexpr):  # fmt: skip
+def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q,
+seqused_k, batch,
+                      num_heads, num_kv_heads, seqlen_q, seqlen_k, window_left, window_right, group,
+                      scale_log2, inner_scale, config: gl.constexpr):  # fmt: skip
     """seqlen_q, seqlen_k: lengths, or total packed rows; cu_seqlens and seqused: None where there are none;
     group: heads that a schedule keeps together for L2."""
     c: gl.constexpr = config.static
     q_slots: gl.constexpr = c.q_stages * c.num_consumers
-    problem = Problem(num_heads, num_heads // num_kv_heads, seqlen_q, scale_log2, inner_scale, window_left, window_right,
-                      config)  # fmt: skip
+    problem = Problem(num_heads, num_heads // num_kv_heads, seqlen_q, scale_log2, inner_scale, window_left,
+                      window_right, config)  # fmt: skip
     sequences = c.Sequences.create(seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     schedule = c.Schedule.create(sequences, batch, num_heads, group, c.tile_rows)
     shared = Shared(

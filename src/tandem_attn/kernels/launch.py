@@ -1,7 +1,8 @@
 """The gluon backend: from a question and addresses to a launch, in as little host time as possible.
 
-A `ForwardPlan` is made once per question. A call then allocates the results, looks its four TMA descriptors up by
-address, and makes one C call: 11 us in all, where Triton's own path takes 69 (H200 machine, 2026-11-22).
+A `ForwardPlan` is made once per question. A call then allocates the results, looks its four TMA descriptors
+up by address, and makes one C call: 11 us in all, where Triton's own path takes 69 (H200 machine,
+2026-11-22).
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def reasons(spec: AttentionSpec) -> list[str]:
 
 
 def _layout_reasons(spec: AttentionSpec) -> list[str]:
-    """What TMA asks of addresses: 16-byte alignment of bases and strides, neighbours along the last dimension."""
+    """What TMA asks of addresses: 16-byte alignment of bases and strides, neighbours along the last
+    dimension."""
     said = []
     if not spec.aligned:
         said.append("q, k or v does not start at a multiple of 16 bytes, which TMA needs")
@@ -79,7 +81,8 @@ def _operands(spec: AttentionSpec):
 
 
 def _num_tiles_bound(spec: AttentionSpec, tile_rows: int) -> int:
-    """At least the number of tiles: exact for dense, for packed sequences each may end in one partial tile."""
+    """At least the number of tiles: exact for dense, for packed sequences each may end in one partial
+    tile."""
     if spec.varlen:
         m_blocks = spec.total_q // tile_rows + min(spec.batch, spec.total_q)
         return m_blocks * spec.num_heads
@@ -115,8 +118,9 @@ def forward_boxes(config: ForwardConfig) -> dict[str, tuple[list[int], object]]:
 def descriptor_geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[list[int], list[int]]:
     """Dimensions and strides (elements) of a TMA descriptor; see device/sequence.py for both kinds.
 
-    (batch, rows, heads, dim) gives (batch, heads, rows, dim); packed (rows, heads, dim) gives five dimensions, two of
-    which shift the end of the rows. A dimension of size 1 is never stepped over, so its stride may become any.
+    (batch, rows, heads, dim) gives (batch, heads, rows, dim); packed (rows, heads, dim) gives five
+    dimensions, two of which shift the end of the rows. A dimension of size 1 is never stepped over, so its
+    stride may become any.
     """
     stride = tuple(s if n > 1 else 8 for n, s in zip(shape[:-1], stride[:-1], strict=True)) + (1,)
     if len(shape) == 4:

@@ -1,7 +1,7 @@
 """The only host file that knows how this Triton launches a kernel.
 
-Triton's Python path rebuilds its arguments on every launch, which costs ten times the launch. 3.6 keeps the C function
-it ends in within reach (private); other versions take the public path, slower and just as right.
+Triton's Python path rebuilds its arguments on every launch, which costs ten times the launch. 3.6 keeps the C
+function it ends in within reach (private); other versions take the public path, slower and just as right.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def report(kernel) -> Report:
 
 
 def loop_histograms(sass: str) -> list[collections.Counter]:
-    """Instruction counts of every loop (backward branch) of a disassembly; inner loops count in outer ones too."""
+    """Instruction counts of every loop (backward branch) of a disassembly; inner loops count in outer ones
+    too."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
