@@ -1,10 +1,17 @@
-"""Shared fixtures: a fixed seed, no leftover decisions, and NaN in memory that the library leaves unset."""
+"""Shared fixtures: a fixed seed, no leftover decisions, and NaN in memory that the library leaves unset.
 
+GPU tests skip without a Hopper GPU. TANDEM_TEST_ON=cpu rehearses those that ask for `device` on a CPU, in
+small and answered by whatever can: it finds mistakes in tests where there is no GPU to find any in kernels.
+"""
+
+import os
 import sys
 
 import hypothesis
 import pytest
 import torch
+
+REHEARSAL = os.environ.get("TANDEM_TEST_ON") == "cpu"
 
 hypothesis.settings.register_profile("tandem", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("tandem")
@@ -17,10 +24,10 @@ def pytest_configure(config) -> None:
 
 def pytest_collection_modifyitems(items) -> None:
     reason = why_no_hopper()
-    if reason:
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    for item in items:
+        rehearsed = REHEARSAL and "device" in item.fixturenames
+        if reason and "gpu" in item.keywords and not rehearsed:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def why_no_hopper() -> str:
@@ -74,3 +81,28 @@ def backend(monkeypatch):
         ops.clear_plans()
 
     return force
+
+
+@pytest.fixture(scope="session")
+def kernels(request, tmp_path_factory) -> None:
+    """Kernels of the curated cases, compiled by all cores at once; nothing if only a few tests will run."""
+    wanted = sum("gpu" in item.keywords for item in request.session.items)
+    if not REHEARSAL and wanted > 20:
+        import gpu_cases
+
+        folder = tmp_path_factory.getbasetemp()
+        gpu_cases.compile_once(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+
+
+@pytest.fixture
+def device(kernels) -> torch.device:
+    """Where a GPU test puts its tensors."""
+    return torch.device("cpu" if REHEARSAL else "cuda")
+
+
+@pytest.fixture
+def hopper(device, backend) -> torch.device:
+    """`device`, and nothing but the Hopper kernels may answer."""
+    if not REHEARSAL:
+        backend("gluon")
+    return device

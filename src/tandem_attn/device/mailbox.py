@@ -12,6 +12,8 @@ END_OF_TILES = gl.constexpr(-1)
 
 @aggregate
 class Mailbox:
+    """A few integers per slot, from the producer to the consumers."""
+
     smem: gl.shared_memory_descriptor  # int32 [slots * MAIL_FIELDS, 1]
 
     @gluon.jit

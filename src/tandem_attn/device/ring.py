@@ -7,15 +7,20 @@ that is not negative.
 """
 
 from tandem_attn.device.gluon import aggregate, gl, gluon, mbarrier, tma_load
+from tandem_attn.device.turn import named_barrier
 
 
 @aggregate
 class Ring:
+    """Stages of one operand, K or V, and the barriers that pass them back and forth."""
+
     smem: gl.shared_memory_descriptor  # [num_stages * chunks, rows, width]
     full: gl.shared_memory_descriptor  # TMA -> consumers
     empty: gl.shared_memory_descriptor  # consumers -> TMA
     num_stages: gl.constexpr
     chunks: gl.constexpr
+    named: gl.constexpr  # 0, or the first of num_stages hardware barriers that stand in for `empty`
+    threads: gl.constexpr
 
     @gluon.jit
     def chunk(self, i, c: gl.constexpr):
@@ -26,7 +31,10 @@ class Ring:
     def fill(self, i, desc, sequence, kind: gl.constexpr, head, row):
         """Producer: wait until the stage of fill i is empty, then start its load."""
         stage = i % self.num_stages
-        mbarrier.wait(self.empty.index(stage), (i // self.num_stages & 1) ^ 1)
+        if self.named:
+            named_barrier("bar.sync", self.named + stage, self.threads)
+        else:
+            mbarrier.wait(self.empty.index(stage), (i // self.num_stages & 1) ^ 1)
         load_tile(self.full.index(stage), self.smem, stage, self.chunks, desc, sequence, kind, head, row)
 
     @gluon.jit
@@ -37,7 +45,17 @@ class Ring:
     @gluon.jit
     def release(self, i, pred=True):
         """Consumer: the stage of fill i may be overwritten."""
-        mbarrier.arrive(self.empty.index(i % self.num_stages), count=1, pred=pred)
+        if self.named:
+            named_barrier("bar.arrive", self.named + i % self.num_stages, self.threads, pred)
+        else:
+            mbarrier.arrive(self.empty.index(i % self.num_stages), count=1, pred=pred)
+
+    @gluon.jit
+    def release_all(self):
+        """Consumer, once at the start: every stage is empty."""
+        if self.named:
+            for i in gl.static_range(self.num_stages):
+                named_barrier("bar.arrive", self.named + i, self.threads)
 
 
 @gluon.constexpr_function
@@ -66,9 +84,15 @@ def make_barriers(n: gl.constexpr, count: gl.constexpr):
 
 @gluon.jit
 def make_ring(desc, rows: gl.constexpr, width: gl.constexpr, chunks: gl.constexpr, num_stages: gl.constexpr,
-              num_consumers: gl.constexpr):  # fmt: skip
+              num_consumers: gl.constexpr, named: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, width], desc.dtype)
     smem = gl.allocate_shared_memory(desc.dtype, [num_stages * chunks, rows, width], layout)
     return Ring(
-        smem, make_barriers(num_stages, 1), make_barriers(num_stages, num_consumers), num_stages, chunks
+        smem,
+        make_barriers(num_stages, 1),
+        make_barriers(num_stages, num_consumers),
+        num_stages,
+        chunks,
+        named,
+        128 * num_consumers + 32,
     )

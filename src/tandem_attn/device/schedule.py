@@ -1,13 +1,12 @@
-"""Which tiles a program works on, and in which order. Only the producer asks; consumers get each tile by
-mail.
+"""Which tiles a program works on, and in which order. Only the producer asks; consumers get each tile by mail.
 
-A schedule has `create(...)`, and `next(i)` that returns the program's i-th tile as (found, m_block, head,
-sequence id, schedule). Its integer methods use only + - * // % on non-negative numbers, so tests call them on
-plain ints.
+Tiles are numbered 0, 1, 2, ... in the order in which they should start. A schedule has `create(...)`, and
+`tile(t)` that returns tile number t as (found, m_block, head, sequence id, schedule). Its integer methods use
+only + - * // % min on non-negative numbers, so tests call them on plain ints.
 
-Tiles are numbered 0, 1, 2, ... in the order in which they should start; round r holds tiles r * P to r * P +
-P - 1 for P programs. Odd rounds run backwards over the programs (`snake`), so that what one round gives too
-much of, the next takes back.
+A program's first number is its own; it then takes every num_programs-th (`dynamic=False`), or the next one that
+nobody has (`dynamic=True`): where tiles differ in cost, whoever is free first goes on. That needs a counter in
+global memory, zero before and after every launch.
 """
 
 from tandem_attn.device.gluon import gl, gluon, policy
@@ -20,34 +19,66 @@ def _add(a, b):
 
 
 @gluon.jit
-def snake(i, program, num_programs):
-    """Number of the i-th tile of a program."""
-    column = program + (i % 2) * (num_programs - 1 - 2 * program)
-    return i * num_programs + column
+def request_number(schedule, counter):
+    """Start to fetch this warp's next tile number; `requested_number` waits for it.
+
+    Raw PTX because gl.atomic_add waits at once, about a microsecond. Only lane 0 holds the answer.
+    """
+    if schedule.dynamic:
+        ticket = gl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.u32 $0, 0;"
+            " @p atom.global.add.u32 $0, [$1], 1; }",
+            "=r,l",
+            [counter.to(gl.int64)],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        ticket = 0
+    return ticket
+
+
+@gluon.jit
+def requested_number(schedule, ticket, before):
+    """The tile number after `before`."""
+    if schedule.dynamic:
+        asm: gl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
+        taken = gl.inline_asm_elementwise(asm, "=r,r", [ticket], dtype=gl.int32, is_pure=False, pack=1)
+        return gl.num_programs(0) + taken
+    else:
+        return before + gl.num_programs(0)
+
+
+@gluon.jit
+def close_numbers(schedule, counter, t):
+    """After the end of a program's tiles: whoever drew the last of all numbers makes the counter zero again.
+
+    With T tiles and P programs there are T draws: T - P that found a tile (none if T < P), and one in vain
+    by each program that had one at all.
+    """
+    if schedule.dynamic:
+        if t == gl.num_programs(0) + schedule.num_tiles() - 1:
+            gl.store(counter, 0)
 
 
 @gluon.jit
 def tile_in_rows(t, num_rows, num_m_blocks, group):
     """Tile t of num_rows x num_m_blocks: (m_block, row), a row being one head of one sequence.
 
-    Rows are taken in groups whose keys and values fit in L2 together. Within a group all rows do their last
-    (for causal longest) blocks first; every second group runs the other way, so that the cost never jumps
-    where groups meet and the last group ends with the shortest tiles. Balance 0.97 to 1.00 of ideal on the
-    benchmark grid.
+    Rows are taken in groups whose keys and values fit in L2 together; within a group all rows do their last,
+    for causal masks longest, blocks first.
     """
     g = t // (group * num_m_blocks)
     u = t - g * (group * num_m_blocks)
     size = min(group, num_rows - g * group)
     step = u // size
-    last_group = (num_rows - 1) // group
-    ascending = (last_group - g) % 2
-    m_block = ascending * step + (1 - ascending) * (num_m_blocks - 1 - step)
-    return m_block, g * group + u - step * size
+    return num_m_blocks - 1 - step, g * group + u - step * size
 
 
-@policy()
+@policy(dynamic=True)
 class DenseTiles:
-    """Every sequence has the same number of tiles."""
+    """Every sequence has the same number of tiles, of different costs: longest first, whoever is free."""
 
     num_m_blocks: gl.tensor
     num_heads: gl.tensor
@@ -61,17 +92,21 @@ class DenseTiles:
         )
 
     @gluon.jit
-    def next(self, i):
-        t = snake(i, gl.program_id(0), gl.num_programs(0))
-        m_block, row = tile_in_rows(t, self.num_rows, self.num_m_blocks, self.group)
+    def num_tiles(self):
+        return self.num_rows * self.num_m_blocks
+
+    @gluon.jit
+    def tile(self, t):
         found = t < self.num_rows * self.num_m_blocks
+        m_block, row = tile_in_rows(
+            min(t, self.num_rows * self.num_m_blocks - 1), self.num_rows, self.num_m_blocks, self.group
+        )
         return found, m_block, row % self.num_heads, row // self.num_heads, self
 
 
-@policy()
+@policy(dynamic=False)
 class PlainTiles:
-    """Every sequence has the same number of tiles of equal cost: one head after the other, no order to
-    keep."""
+    """Every sequence has the same number of tiles of equal cost: one head after the other."""
 
     num_m_blocks: gl.tensor
     num_heads: gl.tensor
@@ -82,14 +117,18 @@ class PlainTiles:
         return PlainTiles((sequences.seqlen_q + tile_rows - 1) // tile_rows, num_heads, batch * num_heads)
 
     @gluon.jit
-    def next(self, i):
-        t = i * gl.num_programs(0) + gl.program_id(0)
+    def tile(self, t):
         row = t // self.num_m_blocks
-        found = row < self.num_rows
-        return found, t - row * self.num_m_blocks, row % self.num_heads, row // self.num_heads, self
+        return (
+            row < self.num_rows,
+            t - row * self.num_m_blocks,
+            row % self.num_heads,
+            row // self.num_heads,
+            self,
+        )
 
 
-@policy()
+@policy(dynamic=True)
 class VarlenTiles:
     """Sequences of different lengths, known to the device alone: they follow one another, each as in
     DenseTiles.
@@ -119,8 +158,13 @@ class VarlenTiles:
         return b, (length + self.tile_rows - 1) // self.tile_rows * self.num_heads
 
     @gluon.jit
-    def next(self, i):
-        t = snake(i, gl.program_id(0), gl.num_programs(0))
+    def num_tiles(self):
+        """All tiles of the call; only once the end has been seen, when `first` is the last window."""
+        b, tiles = self._tiles(self.first)
+        return self.tiles_before + gl.sum(tiles, 0)
+
+    @gluon.jit
+    def tile(self, t):
         first = self.first
         before = self.tiles_before
         b, tiles = self._tiles(first)
@@ -143,3 +187,38 @@ class VarlenTiles:
             self.sequences, self.batch, self.num_heads, self.group, self.tile_rows, first, before
         )  # fmt: skip
         return found, m_block, head, index, after
+
+
+@policy(dynamic=False)
+class StaticTiles:
+    """Experiment: DenseTiles in a fixed zigzag."""
+
+    num_m_blocks: gl.tensor
+    num_heads: gl.tensor
+    num_rows: gl.tensor  # batch * num_heads
+    group: gl.tensor  # rows in a group
+
+    @gluon.jit
+    def create(sequences, batch, num_heads, group, tile_rows: gl.constexpr):
+        return StaticTiles(
+            (sequences.seqlen_q + tile_rows - 1) // tile_rows, num_heads, batch * num_heads, group
+        )
+
+    @gluon.jit
+    def num_tiles(self):
+        return self.num_rows * self.num_m_blocks
+
+    @gluon.jit
+    def tile(self, t):
+        P = gl.num_programs(0)
+        i = t // P
+        t = i * P + gl.program_id(0) + (i % 2) * (P - 1 - 2 * gl.program_id(0))
+        found = t < self.num_rows * self.num_m_blocks
+        g = t // (self.group * self.num_m_blocks)
+        u = t - g * (self.group * self.num_m_blocks)
+        size = max(min(self.group, self.num_rows - g * self.group), 1)
+        step = u // size
+        asc = ((self.num_rows - 1) // self.group - g) % 2
+        m_block = asc * step + (1 - asc) * (self.num_m_blocks - 1 - step)
+        row = g * self.group + u - step * size
+        return found, m_block, row % self.num_heads, row // self.num_heads, self

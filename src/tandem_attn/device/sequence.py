@@ -17,6 +17,8 @@ RAGGED_END = gl.constexpr(2**30)
 
 @aggregate
 class DenseSequence:
+    """One sequence of a batch of equal ones."""
+
     batch: gl.tensor
     seqlen_q: gl.tensor
     seqlen_k: gl.tensor
@@ -33,6 +35,8 @@ class DenseSequence:
 
 @aggregate
 class PackedSequence:
+    """One sequence among packed ones: its first row and its length, on either side."""
+
     start_q: gl.tensor
     seqlen_q: gl.tensor
     start_k: gl.tensor

@@ -9,14 +9,32 @@ from tandem_attn.device.gluon import gl, gluon
 
 
 @gluon.constexpr_function
-def _barrier_asm(op, barrier):
-    return f"{op} {barrier}, 256; mov.b32 $0, $1;"
+def _barrier_asm(op, barrier, threads):
+    return f"{op} {barrier}, {threads}; mov.b32 $0, $1;"
 
 
 @gluon.jit
 def _named_barrier(op: gl.constexpr, group: gl.constexpr):
     gl.inline_asm_elementwise(
-        _barrier_asm(op, 8 + group), "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1
+        _barrier_asm(op, 8 + group, 256), "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.constexpr_function
+def _any_barrier_asm(op, threads):
+    return f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; @p {op} $1, {threads}; mov.b32 $0, $1; }}"
+
+
+@gluon.jit
+def named_barrier(op: gl.constexpr, barrier, threads: gl.constexpr, pred=True):
+    """`op` (bar.sync or bar.arrive) on a hardware barrier whose number is known at run time only."""
+    gl.inline_asm_elementwise(
+        _any_barrier_asm(op, threads),
+        "=r,r,r",
+        [barrier, gl.to_tensor(pred).to(gl.int32)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

@@ -7,6 +7,8 @@ table.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import pathlib
 from functools import cached_property
 
 import torch
@@ -17,6 +19,7 @@ from tandem_attn.device.schedule import DenseTiles, PlainTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.spec import AttentionSpec
 
+_SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
 SHARED_MEMORY = 227 * 1024  # what a Hopper block may use, bytes
@@ -67,6 +70,8 @@ class ForwardConfig:
     lazy_rescale: bool = False  # scale O down only when the maximum has grown by 2**8
     rescale_first: bool = False  # scale O before the exponentials, not after
     pingpong: bool = True
+    named_k: bool = False
+    named_v: bool = False
     skip: bool = False  # a consumer hands back unread the key blocks that none of its rows may see
 
     def __post_init__(self) -> None:
@@ -158,6 +163,14 @@ class ForwardConfig:
     def worker_registers(self) -> list[int]:
         """Registers of the partitions after the first, which gets what is left; multiples of 8."""
         return [240, 24] if self.num_consumers == 2 else [160, 160, 32]
+
+    @cached_property
+    def cache_key(self) -> str:
+        """What Triton's disk cache knows this value by: all fields, and this file, which derives from them.
+
+        Without it Triton would use str(), and neither an edited property nor an omitted field would count.
+        """
+        return f"{self!r} {_SOURCE_DIGEST}"
 
     def __str__(self) -> str:
         tile = f"{self.num_consumers}x{self.tile_m} rows x {self.tile_n} keys"

@@ -31,6 +31,7 @@ from tandem_attn.device.mailbox import END_OF_TILES, Mailbox, make_mailbox
 from tandem_attn.device.mask import apply_mask
 from tandem_attn.device.precision import pack_probabilities, unpack_operand
 from tandem_attn.device.ring import Ring, first_fill, load_tile, make_barriers, make_ring
+from tandem_attn.device.schedule import close_numbers, request_number, requested_number
 from tandem_attn.device.softmax import LAZY_STEP, log_sum_exp, pinned, rescaled, soft_capped, thread_sum
 from tandem_attn.device.turn import pass_turn, take_turn
 
@@ -44,13 +45,15 @@ class Problem:
     total_q: gl.tensor  # rows of lse per head: seqlen_q, or all packed rows
     scale_log2: gl.tensor  # score (or capped score) to exponent of 2
     inner_scale: gl.tensor  # softmax_scale / softcap
+    lazy_step: gl.tensor  # growth of a score maximum by which P reaches 2**LAZY_STEP
     window_left: gl.tensor
     window_right: gl.tensor
     config: gl.constexpr  # ForwardConfig
 
     @gluon.jit
-    def mask(self, sequence):
-        return self.config.Mask(sequence.seqlen_q, sequence.seqlen_k, self.window_left, self.window_right)
+    def mask(self, of):
+        """The mask for a sequence or a tile of it."""
+        return self.config.Mask(of.seqlen_q, of.seqlen_k, self.window_left, self.window_right)
 
 
 @aggregate
@@ -64,6 +67,17 @@ class Shared:
     v: Ring
     o: gl.shared_memory_descriptor  # [num_consumers * o_buffers, tile_m, o_width]
     mailbox: Mailbox
+
+
+@aggregate
+class Tile:
+    """The query rows of one consumer and their key blocks, 0, 1, 2, ... from the last block of keys back."""
+
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    m_start: gl.tensor  # first row
+    n_end: gl.tensor  # the last block of keys is n_end - 1
+    it: gl.tensor  # number of the ring fill of block 0
 
 
 @aggregate
@@ -115,23 +129,24 @@ def _finish_output(started, v: Ring, j, alpha, has_pv, rescale: gl.constexpr, la
 
 
 @gluon.jit
-def _step(problem, shared, group: gl.constexpr, mask, q, state, j, use_acc, m_start, n_start,
-          masked: gl.constexpr, first: gl.constexpr):  # fmt: skip
-    """Key block j: its scores and P V of the block before in flight together, then its softmax. Returns the
-    next state.
+def _step(problem, shared, group: gl.constexpr, tile, q, state, i, before, use_acc, masked: gl.constexpr,
+          first: gl.constexpr):  # fmt: skip
+    """Key block i: its scores and P V of the block before (ring fill `before`) in flight together, then its
+    softmax. Returns the next state.
 
     `first` of a tile: maximum and sum in `state` are fresh, o and p are those of the tile before (if there
     was one), whose finished O the next state holds unscaled.
     """
     c: gl.constexpr = problem.config.static
-    has_pv = j > first_fill(c.num_stages) if first else True
+    j = tile.it + i
+    has_pv = before >= first_fill(c.num_stages) if first else True
     p = unpack_operand(state.p, c.dtype, c.o_accumulator)
     shared.k.wait(j)
     if c.pingpong:
         take_turn(group)
     s_started = _start_scores(q, shared.k, j, c.s_accumulator)
-    shared.v.wait(j - 1, has_pv)
-    o_started = _start_output(p, shared.v, j - 1, state.o, use_acc)
+    shared.v.wait(before, has_pv)
+    o_started = _start_output(p, shared.v, before, state.o, use_acc)
     if c.pingpong:
         pass_turn(group, c.num_consumers)
     s = warpgroup_mma_wait(c.v_chunks, deps=(s_started,))
@@ -139,37 +154,31 @@ def _step(problem, shared, group: gl.constexpr, mask, q, state, j, use_acc, m_st
     if c.softcap:
         s = soft_capped(s, problem.inner_scale)
     if masked:
-        s = apply_mask(mask, s, m_start, n_start)
+        s = apply_mask(problem.mask(tile), s, tile.m_start, (tile.n_end - 1 - i) * c.tile_n)
     row_max = gl.maximum(state.row_max, gl.max(s, 1))
     if c.lazy_rescale and not first:
-        row_max = gl.where(row_max > state.row_max + LAZY_STEP / problem.scale_log2, row_max, state.row_max)
+        row_max = gl.where(row_max > state.row_max + problem.lazy_step, row_max, state.row_max)
     offset = row_max * problem.scale_log2
     if masked:
         offset = gl.where(offset == float("-inf"), 0.0, offset)  # a row that has seen no key yet
     alpha = gl.exp2(state.row_max * problem.scale_log2 - offset)
     if c.rescale_first:
         alpha = pinned(alpha)
-        o = _finish_output(o_started, shared.v, j - 1, alpha, has_pv, not first, c.lazy_rescale)
+        o = _finish_output(o_started, shared.v, before, alpha, has_pv, not first, c.lazy_rescale)
     probabilities = gl.exp2(s * problem.scale_log2 - gl.expand_dims(offset, 1))
     old_sum: gl.constexpr = gl.SliceLayout(1, state.row_sum.type.layout)
     row_sum = state.row_sum * gl.expand_dims(gl.convert_layout(alpha, old_sum, assert_trivial=True), 1)
     row_sum = row_sum + thread_sum(probabilities)
     if not c.rescale_first:
-        o = _finish_output(o_started, shared.v, j - 1, alpha, has_pv, not first, c.lazy_rescale)
+        o = _finish_output(o_started, shared.v, before, alpha, has_pv, not first, c.lazy_rescale)
     return State(o, pack_probabilities(probabilities, c.dtype), row_max, row_sum)
 
 
 @gluon.jit
-def _blocks(problem, shared, group: gl.constexpr, mask, q, state, begin, end, it, second, m_start, n_end,
-            masked: gl.constexpr):  # fmt: skip
-    """Key blocks begin to end - 1 of a tile, counted from its last block back; `second` is the one after the
-    first."""
-    c: gl.constexpr = problem.config.static
+def _blocks(problem, shared, group: gl.constexpr, tile, q, state, begin, end, second, masked: gl.constexpr):
+    """Key blocks begin to end - 1 of a tile, none of them its first; `second` is the one after the first."""
     for i in range(begin, end):
-        n_start = (n_end - 1 - i) * c.tile_n
-        state = _step(
-            problem, shared, group, mask, q, state, it + i, i > second, m_start, n_start, masked, False
-        )
+        state = _step(problem, shared, group, tile, q, state, i, tile.it + i - 1, i > second, masked, False)
     return state
 
 
@@ -261,34 +270,56 @@ def _empty_state(problem):
 
 
 @gluon.jit
-def _producer(problem, shared, sequences, schedule, q_desc, k_desc, v_desc):
+def _send_tile(problem, shared, sequences, q_desc, sequence, tile, m_start, head, row):
+    """Mail a tile to the consumers, each with its rows of Q."""
+    c: gl.constexpr = problem.config.static
+    for group in gl.static_range(c.num_consumers):
+        slot = tile % c.q_stages * c.num_consumers + group
+        mbarrier.wait(shared.q_empty.index(slot), (tile // c.q_stages & 1) ^ 1)
+        shared.mailbox.send(slot, 0, m_start)
+        shared.mailbox.send(slot, 1, head)
+        sequences.send(shared.mailbox, slot, row)
+        load_tile(shared.q_full.index(slot), shared.q, slot, c.qk_chunks, q_desc, sequence, "q", head,
+                  m_start + group * c.tile_m)  # fmt: skip
+
+
+@gluon.jit
+def _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, begin, end, n_end):
+    """Load key blocks begin to end - 1, counted from the last one back; block 0 is ring fill `it`."""
+    for i in range(begin, end):
+        n_start = (n_end - 1 - i) * shared.k.smem.shape[1]
+        shared.k.fill(it + i, k_desc, sequence, "k", kv_head, n_start)
+        shared.v.fill(it + i, v_desc, sequence, "k", kv_head, n_start)
+
+
+@gluon.jit
+def _producer(problem, shared, sequences, schedule, counter, q_desc, k_desc, v_desc):
+    """The number of the next tile is asked for four blocks before this one ends and looked at two blocks before:
+    early enough to hide the latency, late enough that whoever is free first gets it."""
     c: gl.constexpr = problem.config.static
     it = first_fill(c.num_stages) + 0
     tile = 0
-    found, m_block, head, row, schedule = schedule.next(0)
+    t = gl.program_id(0)
+    found, m_block, head, row, schedule = schedule.tile(t)
     while found:
         sequence = sequences.sequence(row)
         m_start = m_block * c.tile_rows
-        stage = tile % c.q_stages
-        for group in gl.static_range(c.num_consumers):
-            slot = stage * c.num_consumers + group
-            mbarrier.wait(shared.q_empty.index(slot), (tile // c.q_stages & 1) ^ 1)
-            shared.mailbox.send(slot, 0, m_start)
-            shared.mailbox.send(slot, 1, head)
-            sequences.send(shared.mailbox, slot, row)
-            load_tile(shared.q_full.index(slot), shared.q, slot, c.qk_chunks, q_desc, sequence, "q", head,
-                      m_start + group * c.tile_m)  # fmt: skip
+        _send_tile(problem, shared, sequences, q_desc, sequence, tile, m_start, head, row)
         n_end, n_blocks, right_edge, left_edge = problem.mask(sequence).key_blocks(
             m_start, m_start + c.tile_rows, c.tile_n
         )
         kv_head = head // problem.group_size
-        for i in range(n_blocks):
-            n_start = (n_end - 1 - i) * c.tile_n
-            shared.k.fill(it + i, k_desc, sequence, "k", kv_head, n_start)
-            shared.v.fill(it + i, v_desc, sequence, "k", kv_head, n_start)
+        ask = gl.maximum(n_blocks - 4, 0)
+        look = gl.maximum(n_blocks - 2, 0)
+        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, 0, ask, n_end)
+        ticket = request_number(schedule, counter)
+        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, ask, look, n_end)
+        t = requested_number(schedule, ticket, t)
+        found, m_block, head, row, schedule = schedule.tile(t)
+        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, look, n_blocks, n_end)
         it += n_blocks
         tile += 1
-        found, m_block, head, row, schedule = schedule.next(tile)
+    close_numbers(schedule, counter, t)
     for group in gl.static_range(c.num_consumers):
         slot = tile % c.q_stages * c.num_consumers + group
         mbarrier.wait(shared.q_empty.index(slot), (tile // c.q_stages & 1) ^ 1)
@@ -300,6 +331,8 @@ def _producer(problem, shared, sequences, schedule, q_desc, k_desc, v_desc):
 def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
     c: gl.constexpr = problem.config.static
     state = _empty_state(problem)
+    shared.k.release_all()
+    shared.v.release_all()
     if c.pingpong and group == c.num_consumers - 1:
         pass_turn(group, c.num_consumers)
     it = first_fill(c.num_stages) + 0
@@ -324,31 +357,27 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
         if c.skip:
             first = _skipped_blocks(problem, shared, group, mask, it, n_blocks, n_end, m_start)
 
+        of = Tile(sequence.seqlen_q, sequence.seqlen_k, m_start, n_end, it)
         fresh = State(
             state.o, state.p, gl.full_like(state.row_max, float("-inf")), gl.zeros_like(state.row_sum)
         )
-        started = _step(problem, shared, group, mask, q, fresh, it + first, before_blocks > 1, m_start,
-                        (n_end - 1 - first) * c.tile_n, c.Mask.masks, True)  # fmt: skip
+        started = _step(
+            problem, shared, group, of, q, fresh, first, it - 1, before_blocks > 1, c.Mask.masks, True
+        )
         if tile > 0:
             _epilogue(problem, shared, group, started.o, state.row_max, state.row_sum, before_sequence,
-            before_head,
-                      before_m_start, o_desc, lse_ptr)  # fmt: skip
+                      before_head, before_m_start, o_desc, lse_ptr)  # fmt: skip
         state = started
         second = first + 1
         if c.Mask.masks:
-            state = _blocks(
-                problem, shared, group, mask, q, state, second, right_edge, it, second, m_start, n_end, True
-            )
+            state = _blocks(problem, shared, group, of, q, state, second, right_edge, second, True)
             whole = gl.maximum(right_edge, second)
         else:
             whole = second
-        state = _blocks(
-            problem, shared, group, mask, q, state, whole, left_edge, it, second, m_start, n_end, False
-        )
+        state = _blocks(problem, shared, group, of, q, state, whole, left_edge, second, False)
         if c.Mask.has_left_edge:
-            state = _blocks(problem, shared, group, mask, q, state, gl.maximum(left_edge, whole), n_blocks,
-            it, second,
-                            m_start, n_end, True)  # fmt: skip
+            begin = gl.maximum(left_edge, whole)
+            state = _blocks(problem, shared, group, of, q, state, begin, n_blocks, second, True)
         if not c.q_in_registers:
             mbarrier.arrive(shared.q_empty.index(slot), count=1)
         before_m_start = m_start
@@ -376,23 +405,38 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
 @gluon.jit(do_not_specialize=["batch", "num_heads", "num_kv_heads", "seqlen_q", "seqlen_k", "window_left",
                               "window_right", "group"], do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"])  # fmt: skip
 def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q,
-seqused_k, batch,
-                      num_heads, num_kv_heads, seqlen_q, seqlen_k, window_left, window_right, group,
+                      seqused_k, counter, batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, window_left, window_right, group,
                       scale_log2, inner_scale, config: gl.constexpr):  # fmt: skip
     """seqlen_q, seqlen_k: lengths, or total packed rows; cu_seqlens and seqused: None where there are none;
-    group: heads that a schedule keeps together for L2."""
+    counter: int32 0 for a dynamic schedule, else None; group: heads that a schedule keeps together for L2."""
     c: gl.constexpr = config.static
     q_slots: gl.constexpr = c.q_stages * c.num_consumers
-    problem = Problem(num_heads, num_heads // num_kv_heads, seqlen_q, scale_log2, inner_scale, window_left,
-                      window_right, config)  # fmt: skip
+    problem = Problem(num_heads, num_heads // num_kv_heads, seqlen_q, scale_log2, inner_scale,
+                      LAZY_STEP / scale_log2, window_left, window_right, config)  # fmt: skip
     sequences = c.Sequences.create(seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     schedule = c.Schedule.create(sequences, batch, num_heads, group, c.tile_rows)
     shared = Shared(
         gl.allocate_shared_memory(c.dtype, [q_slots * c.qk_chunks, c.tile_m, c.qk_width], c.q_layout),
         make_barriers(q_slots, 1),
         make_barriers(q_slots, 1),
-        make_ring(k_desc, c.tile_n, c.qk_width, c.qk_chunks, c.num_stages, c.num_consumers),
-        make_ring(v_desc, c.tile_n, c.v_width, c.v_chunks, c.num_stages, c.num_consumers),
+        make_ring(
+            k_desc,
+            c.tile_n,
+            c.qk_width,
+            c.qk_chunks,
+            c.num_stages,
+            c.num_consumers,
+            11 if c.named_k else 0,
+        ),
+        make_ring(
+            v_desc,
+            c.tile_n,
+            c.v_width,
+            c.v_chunks,
+            c.num_stages,
+            c.num_consumers,
+            11 + c.num_stages if c.named_v else 0,
+        ),
         gl.allocate_shared_memory(c.dtype, [c.num_consumers * c.o_buffers, c.tile_m, c.o_width], c.o_layout),
         make_mailbox(q_slots),
     )
@@ -400,12 +444,12 @@ seqused_k, batch,
         gl.warp_specialize([
             (_consumer, (0, problem, shared, sequences, o_desc, lse_ptr)),
             (_consumer, (1, problem, shared, sequences, o_desc, lse_ptr)),
-            (_producer, (problem, shared, sequences, schedule, q_desc, k_desc, v_desc)),
+            (_producer, (problem, shared, sequences, schedule, counter, q_desc, k_desc, v_desc)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (0, problem, shared, sequences, o_desc, lse_ptr)),
             (_consumer, (1, problem, shared, sequences, o_desc, lse_ptr)),
             (_consumer, (2, problem, shared, sequences, o_desc, lse_ptr)),
-            (_producer, (problem, shared, sequences, schedule, q_desc, k_desc, v_desc)),
+            (_producer, (problem, shared, sequences, schedule, counter, q_desc, k_desc, v_desc)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip

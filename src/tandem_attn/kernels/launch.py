@@ -134,6 +134,23 @@ def descriptor_geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> tupl
     )
 
 
+_tile_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _tile_counter(device: torch.device, stream: int) -> torch.Tensor:
+    """The int32 zero from which programs on this stream draw tile numbers; every launch leaves it zero.
+
+    Launches on one stream do not overlap, so they share it. A captured graph may be replayed on any stream:
+    it gets a counter of its own, zeroed by the graph itself.
+    """
+    if torch._C._cuda_isCurrentStreamCapturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    counter = _tile_counters.get((device, stream))
+    if counter is None:
+        counter = _tile_counters[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
+
+
 class ForwardPlan:
     """Everything about a call that does not depend on addresses."""
 
@@ -152,6 +169,7 @@ class ForwardPlan:
         programs = arch.num_multiprocessors(spec.device) - spec.sm_margin
         self.programs = max(1, min(programs, _num_tiles_bound(spec, config.tile_rows)))
         self.numbers = self._numbers()
+        self.dynamic = config.Schedule.dynamic.value
         self.launcher: KernelLauncher | None = None
         self.maps: dict[tuple[int, ...], list] = {}
 
@@ -180,7 +198,7 @@ class ForwardPlan:
             *scales,
         )
 
-    def _prepare(self, tensors: tuple, lengths: tuple) -> KernelLauncher:
+    def _prepare(self, tensors: tuple, pointers: tuple) -> KernelLauncher:
         """Compile (or find) the kernel; once per plan, at its first call."""
         *operands, lse = tensors
         boxes = forward_boxes(self.config).values()
@@ -188,7 +206,7 @@ class ForwardPlan:
             tensor_descriptor(t, *geometry, *box)
             for t, geometry, box in zip(operands, self.geometry, boxes, strict=True)
         ]
-        arguments = (*descriptors, lse, *lengths, *self.numbers, self.config)
+        arguments = (*descriptors, lse, *pointers, *self.numbers, self.config)
         return KernelLauncher(attention_forward, arguments, dict(num_warps=4, maxnreg=self.config.maxnreg))
 
     def __call__(self, q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None):
@@ -199,9 +217,11 @@ class ForwardPlan:
         # empty_like costs half of empty
         out = torch.empty_like(q) if self.out_is_like_q else q.new_empty(self.out_shape)
         lse = q.new_empty(self.lse_shape, dtype=torch.float32)
-        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
+        counter = _tile_counter(self.spec.device, stream) if self.dynamic else None
+        pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, counter)
         if self.launcher is None:
-            self.launcher = self._prepare((q, k, v, out, lse), lengths)
+            self.launcher = self._prepare((q, k, v, out, lse), pointers)
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         maps = self.maps.get(addresses)
         if maps is None:
@@ -209,5 +229,5 @@ class ForwardPlan:
             if len(self.maps) >= MAX_CACHED_ADDRESSES:
                 self.maps.clear()
             maps = self.maps[addresses] = self.launcher.encode(addresses, (q, k, v, out))
-        self.launcher.launch(self.programs, self.device_index, maps, lse, lengths, self.numbers, self.config)
+        self.launcher.launch(self.programs, stream, maps, lse, pointers, self.numbers, self.config)
         return out, lse

@@ -67,14 +67,13 @@ class KernelLauncher:
         return flat
 
     def launch(
-        self, programs: int, device: int, maps: list, lse, lengths: tuple, numbers: tuple, config
+        self, programs: int, stream: int, maps: list, lse, pointers: tuple, numbers: tuple, config
     ) -> None:
-        """Enqueue on the current stream of `device`, which is the current device."""
+        """Enqueue on `stream`, the current one of the current device. `pointers`: tensors or None."""
         if not self.fast:
-            self.kernel[(programs,)](*maps, lse, *lengths, *numbers, config, **self.options)
+            self.kernel[(programs,)](*maps, lse, *pointers, *numbers, config, **self.options)
             return
         # pointers as int skip a driver query each
-        pointers = [None if t is None else t.data_ptr() for t in lengths]
+        addresses = [None if t is None else t.data_ptr() for t in pointers]
         function, head = self._c_launch
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        function(programs, 1, 1, stream, *head, *maps, lse.data_ptr(), *pointers, *numbers, config)
+        function(programs, 1, 1, stream, *head, *maps, lse.data_ptr(), *addresses, *numbers, config)

@@ -1,16 +1,28 @@
-"""Compile any forward configuration for sm_90a on a machine without a GPU, and read what came out.
+"""Compile forward kernels for sm_90a on a machine without a GPU, and read what came out.
 
-Uses the ptxas and nvdisasm inside the triton package. About 2 seconds a kernel.
+Uses the ptxas and nvdisasm inside the triton package: 4 to 10 seconds of one core a kernel.
+
+    python -m tandem_attn.testing.compile [--jobs N] [--out reports.json] [NAME ...]
+
+compiles every shipped variant (or those named) and prints a line for each; with another Triton first on
+PYTHONPATH, with that one.
 """
 
 from __future__ import annotations
 
-import collections
+import argparse
+import contextlib
 import dataclasses
+import io
+import json
+import multiprocessing
+import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
+import traceback
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -19,99 +31,194 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from tandem_attn.kernels.config import ForwardConfig
 from tandem_attn.kernels.forward import attention_forward
 from tandem_attn.kernels.launch import forward_boxes
+from tandem_attn.testing.sass import Loop, tight_loops
+from tandem_attn.testing.shipped import variants
 
-TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+KEYED_BY = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+)  # pointers, or None where there are none
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the assembler made of a kernel."""
+    """What became of a kernel."""
 
-    spill_bytes: int
+    seconds: float  # of one core
+    spill_bytes: int  # loads and stores of registers that did not fit, anywhere
+    registers: int
     warnings: tuple[str, ...]  # C75xx: serialised wgmma, ignored setmaxnreg
     shared_memory: int  # bytes
-    ptx: str
-    sass: str
+    tight_loops: list[Loop]
+    named_barriers: tuple[int, ...]  # hardware barriers that Triton's own synchronisation uses by number
+    unfenced_stores: int  # TMA stores of shared memory written since the last proxy fence
+    setmaxnreg: tuple[int, ...]  # the register counts that warpgroups ask for
 
-    @property
-    def loops(self) -> list[collections.Counter]:
-        """Histogram of instructions of each loop with matrix products."""
-        return [h for h in loop_histograms(self.sass) if h["HGMMA"]]
+    @classmethod
+    def from_json(cls, fields: dict) -> Report:
+        """The inverse of vars() and JSON."""
+        loops = [Loop(loop) for loop in fields["tight_loops"]]
+        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**{**rest, "tight_loops": loops})
 
 
-def compile_forward(config: ForwardConfig, seqused: bool = False):
-    """The compiled kernel (triton's CompiledKernel) of one configuration."""
+def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str]:
+    """Types of the kernel's arguments, as Triton spells them. `seqused`: which used lengths, of "qk"."""
     boxes = forward_boxes(config)
-
-    def desc(name: str) -> str:
-        box, layout = boxes[name]
-        return f"tensordesc<{config.element}[{', '.join(map(str, box))}],{layout!r}>"
-
-    signature = {name: desc(name) for name in ("q_desc", "k_desc", "v_desc", "o_desc")}
-    signature["lse_ptr"] = "*fp32"
     packed = config.Sequences.packed.value
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        signature[name] = "*i32" if packed else "constexpr"
-    for name in ("seqused_q", "seqused_k"):
-        signature[name] = "*i32" if packed and seqused else "constexpr"
-    ints = (
-        "batch",
-        "num_heads",
-        "num_kv_heads",
-        "seqlen_q",
-        "seqlen_k",
-        "window_left",
-        "window_right",
-        "group",
-    )
-    signature |= dict.fromkeys(ints, "i32") | dict.fromkeys(("scale_log2", "inner_scale"), "fp32")
-    signature["config"] = "constexpr"
+    pointers = {"lse_ptr": "*fp32"}
+    for name in KEYED_BY:
+        given = packed and (name.startswith("cu_") or name[-1] in seqused)
+        pointers[name] = "*i32" if given else "constexpr"
+    pointers["counter"] = "*i32" if config.Schedule.dynamic.value else "constexpr"
+    pointers["counter"] = "*i32" if config.Schedule.dynamic.value else "constexpr"
+    signature = {}
+    for name in attention_forward.arg_names:
+        if name in boxes:
+            box, layout = boxes[name]
+            signature[name] = f"tensordesc<{config.element}[{', '.join(map(str, box))}],{layout!r}>"
+        elif name in pointers:
+            signature[name] = pointers[name]
+        elif name == "config":
+            signature[name] = "constexpr"
+        else:
+            signature[name] = "fp32" if "scale" in name else "i32"
+    return signature
+
+
+def forward_source(config: ForwardConfig, seqused: str = "") -> GluonASTSource:
+    """The kernel of one configuration, not yet compiled."""
+    signature = forward_signature(config, seqused)
     names = list(signature)
     constants = {(names.index(n),): None for n in names if signature[n] == "constexpr"}
     constants[(names.index("config"),)] = config
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    source = GluonASTSource(attention_forward, signature, constants, aligned)
+    return GluonASTSource(attention_forward, signature, constants, aligned)
+
+
+def compile_forward(config: ForwardConfig, seqused: str = ""):
+    """The compiled kernel (triton's CompiledKernel) of one configuration."""
     options = dict(num_warps=4, maxnreg=config.maxnreg, enable_fp_fusion=True)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(forward_source(config, seqused), target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def report(kernel) -> Report:
-    """Assemble again with -v and disassemble."""
+def report(config: ForwardConfig, seqused: str = "") -> Report:
+    """Compile afresh and read the assembler's log, the PTX and the SASS."""
+    start = sum(os.times()[:4])
+    log = io.StringIO()
+    with _always_compile(), contextlib.redirect_stdout(log):
+        kernel = compile_forward(config, seqused)
+    said, ptx = log.getvalue(), kernel.asm["ptx"]
+    return Report(
+        seconds=round(sum(os.times()[:4]) - start, 2),
+        spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said))),
+        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
+        warnings=tuple(line.strip() for line in said.splitlines() if "C75" in line),
+        shared_memory=kernel.metadata.shared,
+        tight_loops=tight_loops(disassembled(kernel.asm["cubin"])),
+        named_barriers=named_barriers(ptx),
+        unfenced_stores=unfenced_stores(ptx),
+        setmaxnreg=tuple(sorted({int(n) for n in re.findall(r"setmaxnreg\S*\s+(\d+)", ptx)})),
+    )
+
+
+@contextlib.contextmanager
+def _always_compile():
+    """Nothing from Triton's cache, and ptxas's log (-v) on stdout: knobs that 3.6 to 3.9 all have."""
+    knobs = triton.knobs
+    before = knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log
+    knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log = True, True
+    try:
+        yield
+    finally:
+        knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log = before
+
+
+def disassembled(cubin: bytes) -> str:
+    """SASS of a binary."""
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = pathlib.Path(folder, "k.ptx"), pathlib.Path(folder, "k.cubin")
-        ptx.write_text(kernel.asm["ptx"])
-        log = subprocess.run(
-            [TOOLS / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", cubin],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-        sass = subprocess.run(
-            [TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
-        ).stdout
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
-    warnings = tuple(line.strip() for line in log.splitlines() if "C75" in line)
-    return Report(spills, warnings, kernel.metadata.shared, kernel.asm["ptx"], sass)
+        path = pathlib.Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def loop_histograms(sass: str) -> list[collections.Counter]:
-    """Instruction counts of every loop (backward branch) of a disassembly; inner loops count in outer ones
-    too."""
-    code: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_\S+):", line):
-            labels[label.group(1)] = len(code)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(re.sub(r"^@!?U?P\d+\s+", "", instruction.group(1).strip()))
-    found = []
-    for i, text in enumerate(code):
-        branch = re.search(r"\bBRA\b.*?`\((\S+)\)", text)
-        if branch and labels.get(branch.group(1), i + 1) <= i:
-            body = code[labels[branch.group(1)] : i + 1]
-            histogram = collections.Counter(t.split()[0].split(".")[0] for t in body)
-            histogram["length"] = len(body)
-            histogram["MUFU.EX2"] = sum(t.startswith("MUFU.EX2") for t in body)
-            histogram["spill"] = histogram["LDL"] + histogram["STL"]
-            found.append(histogram)
-    return found
+def named_barriers(ptx: str) -> tuple[int, ...]:
+    """Numbers of the hardware barriers that synchronise one warpgroup or all: those that Triton gives out.
+
+    The barriers of device/turn.py join two partitions and so count 256 threads or more of them than a
+    partition has.
+    """
+    ours = set(re.findall(r"bar\.(?:sync|arrive)\s+(\d+), (?!128;)\d+;", ptx))
+    all_of_them = re.findall(r"\bbar(?:rier)?\.sync\s+(\d+)", ptx)
+    return tuple(sorted({int(n) for n in all_of_them if n not in ours}))
+
+
+def unfenced_stores(ptx: str) -> int:
+    """How many TMA stores have a write to shared memory, but no proxy fence, right before them.
+
+    The TMA reads through another proxy: without `fence.proxy.async` it may see what was there before.
+    """
+    count, written = 0, False
+    for line in ptx.splitlines():
+        if "fence.proxy.async" in line:
+            written = False
+        elif re.search(r"\b(st\.shared|stmatrix)", line):
+            written = True
+        elif re.search(r"cp\.async\.bulk\.tensor\S*\.global\.shared", line):
+            count += written
+    return count
+
+
+def _report_by_name(name: str) -> tuple[str, dict]:
+    """In a worker: (name, report or error as plain data)."""
+    variant = next(v for v in variants() if v.name == name)
+    try:
+        return name, vars(report(variant.config, variant.seqused))
+    except Exception:
+        return name, {"error": traceback.format_exc(limit=-6)}
+
+
+def report_all(names: list[str], jobs: int):
+    """Yield (name, report as plain data) of these variants in the order they finish, `jobs` at a time.
+
+    Workers are fresh processes with a Triton cache of their own that goes away with them.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            yield from pool.imap_unordered(_report_by_name, names)
+
+
+def one_line(name: str, fields: dict) -> str:
+    """A report for people."""
+    if "error" in fields:
+        return f"{name}: FAILED {fields['error'].strip().splitlines()[-1]}"
+    r = Report.from_json(fields)
+    loops = " ".join(f"{x['length']}:{x['HGMMA']}+{x['PRMT']}p{x['spill']}s" for x in r.tight_loops)
+    warned = f" {' '.join(r.warnings)}" if r.warnings else ""
+    return f"{name}: {r.seconds} s, {r.shared_memory} B shared, {r.spill_bytes} B spilled, {loops}{warned}"
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tandem_attn.testing.compile", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="variants to compile; all if none is given")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=pathlib.Path, help="write the reports here, as JSON")
+    options = parser.parse_args(arguments)
+    names = options.names or [v.name for v in variants()]
+    print(f"triton {triton.__version__}, {len(names)} kernels, {options.jobs} at a time", flush=True)
+    reports = {}
+    for name, fields in report_all(names, options.jobs):
+        reports[name] = fields
+        print(one_line(name, fields), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(reports))
+    return 1 if any("error" in fields for fields in reports.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

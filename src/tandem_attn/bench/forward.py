@@ -1,0 +1,147 @@
+"""`bench forward`: every case by every provider, checked before it is timed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+
+import torch
+
+import tandem_attn
+from tandem_attn.bench import at_least_one, cases, check, environment, measure, peers, providers, report
+from tandem_attn.bench.cases import BenchCase
+from tandem_attn.bench.providers import OURS, Provider
+from tandem_attn.testing import Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure; the same for every provider."""
+
+    repeats: int = 11
+    idle_ms: float = 50.0
+    checked: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench forward`."""
+    groups = ", ".join(cases.GROUPS)
+    names = ", ".join(provider.name for provider in providers.PROVIDERS)
+    parser.add_argument(
+        "--group", action="append", metavar="NAME", help=f"may be repeated; one of {groups} (default: all)"
+    )
+    parser.add_argument("--case", metavar="TEXT", help="only cases with TEXT in their name")
+    parser.add_argument("--providers", metavar="A,B", help=f"only these of {names}")
+    parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write everything measured")
+    parser.add_argument("--csv", type=pathlib.Path, metavar="PATH", help="write a line per case and provider")
+    parser.add_argument("--repeats", type=at_least_one, default=11, help="launches per timing (default 11)")
+    parser.add_argument(
+        "--idle-ms", type=_not_negative, default=50.0, help="rest before each timing (default 50)"
+    )
+    parser.add_argument("--no-check", action="store_true", help="time without comparing with plain attention")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and report. 1 if a result of ours is wrong or missing, else 0."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    device = device or torch.device("cpu")
+    settings = Settings(args.repeats, args.idle_ms, not args.no_check)
+    if settings.checked:
+        check.require_asserts()
+    chosen = cases.select(args.group, args.case, device)
+    present, absent = providers.select(_names(args.providers), device)
+    report.require_writable(args.json, args.csv)
+    document = report.new_document("forward", environment.stamp(device), dataclasses.asdict(settings))
+    document["recorded_where"] = peers.recorded_where()
+    document["providers"] = {provider.name: "" for provider in present} | absent
+    with report.Progress(len(chosen)) as progress, torch.no_grad():
+        for one in chosen:
+            progress.next(one.id)
+            record = measure_case(one, present, device, settings)
+            document["cases"].append(peers.compare(record, one, document["environment"]))
+            progress.say(report.line(record))
+            report.save(document, args.json)  # after each case: what is measured survives an interrupted run
+    document["summary"] = peers.summary(document["cases"])
+    document["complete"] = True
+    report.save(document, args.json)
+    if args.csv:
+        report.write_csv(document, args.csv)
+    report.show(document)
+    return int(any(_failed(record) for record in document["cases"]))
+
+
+def measure_case(one: BenchCase, present: list[Provider], device: torch.device, settings: Settings) -> dict:
+    """One case as a JSON object: what it is, how we answer it, and a result per provider that serves it."""
+    record = {"group": one.group, "id": one.id, "question": question(one), "flops": one.flops}
+    serving = [provider for provider in present if provider.serves(one.case)]
+    try:
+        inputs = cases.inputs(one.case, device)
+    except Exception as error:  # out of memory, or a device that an earlier case broke
+        failure = {"reason": providers.reason_of(error)}
+        return record | {"config": "", "results": {provider.name: failure for provider in serving}}
+    record["config"] = explained(inputs)
+    oracle = check.Oracle(one.case, inputs)
+    record["results"] = {p.name: measure_provider(p, one, oracle, settings) for p in serving}
+    return record
+
+
+def question(one: BenchCase) -> dict:
+    """A case in plain numbers."""
+    facts = dataclasses.asdict(one.case)
+    kept = ("batch", "seqlen_q", "seqlen_k", "heads", "kv_heads", "head_dim", "causal", "window")
+    found = {name: facts[name] for name in kept}
+    found |= {"head_dim_v": one.case.dim_v, "dtype": str(one.case.dtype).removeprefix("torch.")}
+    found["window"] = list(one.case.window)
+    return found | {"lengths": list(one.case.rows)} if one.case.varlen else found
+
+
+def explained(inputs: Inputs) -> str:
+    """Which backend of ours answers, and how."""
+    try:
+        found = tandem_attn.explain(inputs.q, inputs.k, inputs.v, **inputs.kwargs)
+    except Exception as error:  # reported by the provider too
+        return providers.reason_of(error)
+    return f"{found.backend}: {found.config}"
+
+
+def measure_provider(provider: Provider, one: BenchCase, oracle: check.Oracle, settings: Settings) -> dict:
+    """The result of one provider: numbers; or "wrong" and no number; or "reason" why there is neither."""
+    inputs = oracle.inputs
+    try:
+        call = provider.prepare(one.case, inputs)
+        if settings.checked and call.same_question:
+            wrong = oracle.what_is_wrong(*call.answer())
+            if wrong:
+                return {"label": call.label, "wrong": wrong}
+        timing = measure.time_call(call.run, inputs.q.device, settings.repeats, settings.idle_ms)
+    except Exception as error:  # a provider that fails must not take the others with it
+        return {"reason": providers.reason_of(error)}
+    result = {
+        "label": call.label,
+        "same_question": call.same_question,
+        "median_us": timing.median * 1e6,
+        "fastest_us": timing.fastest * 1e6,
+        "slowest_us": timing.slowest * 1e6,
+        "launches": timing.launches,
+        "sm_clock_mhz": timing.sm_clock_mhz,
+    }
+    if call.same_question:  # other work has other operations
+        result["tflops"] = one.flops / timing.median / 1e12
+    return result
+
+
+def _failed(record: dict) -> bool:
+    ours = record["results"].get(OURS)
+    return ours is not None and "median_us" not in ours
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"is {text}; supported: a number of at least 0")
+    return number

@@ -1,0 +1,300 @@
+"""Who is timed: tandem_attn and its peers, each behind the same two questions.
+
+A provider says why it is absent from this machine, and turns a case into a `Call` or raises with the reason.
+Nothing here is imported before it is asked for; a peer that fails is reported, never fatal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+
+import tandem_attn
+from tandem_attn.bench import UserError
+from tandem_attn.testing import Case, Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One way of answering a case, ready to run any number of times."""
+
+    run: Callable[[], object]  # what is timed
+    answer: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]  # the same, as (out, lse) in our layout
+    label: str = ""  # what really runs, where the provider's name does not say
+    same_question: bool = True  # False: timed for comparison, but what it computes is something else
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """A library, or one backend of torch."""
+
+    name: str
+    absent: Callable[[torch.device], str]  # why it is not on this machine; empty if it is
+    serves: Callable[[Case], bool]  # whether it has anything to do with such cases
+    prepare: Callable[[Case, Inputs], Call]
+
+
+def select(names: list[str] | None, device: torch.device) -> tuple[list[Provider], dict[str, str]]:
+    """The providers to run, and why each other one asked for is absent."""
+    known = {provider.name: provider for provider in PROVIDERS}
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--providers names {name!r}; supported: {', '.join(known)}")
+    chosen = [known[name] for name in dict.fromkeys(names)] if names else PROVIDERS
+    reasons = {provider.name: provider.absent(device) for provider in chosen}
+    present = [provider for provider in chosen if not reasons[provider.name]]
+    if not present:
+        raise UserError("none of these is here: " + "; ".join(f"{k}: {v}" for k, v in reasons.items()))
+    return present, {name: reason for name, reason in reasons.items() if reason}
+
+
+def reason_of(error: BaseException) -> str:
+    """One line from an exception."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+def _everywhere(device: torch.device) -> str:
+    return ""
+
+
+def _on_cuda_only(device: torch.device) -> str:
+    return "" if device.type == "cuda" else "needs a CUDA device"
+
+
+def _any_case(case: Case) -> bool:
+    return True
+
+
+# Ourselves
+
+
+def _tandem(case: Case, inputs: Inputs) -> Call:
+    name = "flash_attn_varlen_func" if case.varlen else "flash_attn_func"
+    function = functools.partial(getattr(tandem_attn, name), inputs.q, inputs.k, inputs.v, **inputs.kwargs)
+    return Call(function, functools.partial(function, return_attn_probs=True))
+
+
+# torch
+
+
+def _sdpa(backend: str | None, case: Case, inputs: Inputs) -> Call:
+    """scaled_dot_product_attention on (batch, heads, seqlen, head_dim) views of the same memory."""
+    if case.varlen:
+        raise NotImplementedError("scaled_dot_product_attention takes no packed sequences")
+    if case.causal and case.seqlen_q != case.seqlen_k:
+        raise NotImplementedError("its causal mask is aligned top-left")
+    if case.softcap:
+        raise NotImplementedError("scaled_dot_product_attention has no softcap")
+    q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    more = {"enable_gqa": True} if case.heads != case.kv_heads else {}
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=case.causal, **more
+    )
+    run = attend if backend is None else functools.partial(_with_backend, backend, attend)
+    _try(run)
+    windowed = case.window != (-1, -1)
+    label = "causal, no window" if windowed else ""
+    return Call(run, lambda: (run().transpose(1, 2), None), label, same_question=not windowed)
+
+
+def _with_backend(backend: str, attend: Callable[[], torch.Tensor]) -> torch.Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        return attend()
+
+
+def _try(run: Callable[[], object]) -> None:
+    """Run once; where torch refuses, its warnings hold the reasons and its error does not."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run()
+        except RuntimeError as error:
+            said = dict.fromkeys(str(w.message).partition(" (Triggered")[0] for w in caught)
+            raise NotImplementedError("; ".join([str(error), *said])) from error
+
+
+def _sdpa_cudnn(case: Case, inputs: Inputs) -> Call:
+    return _cudnn_packed(case, inputs) if case.varlen else _sdpa("CUDNN_ATTENTION", case, inputs)
+
+
+def _cudnn_packed(case: Case, inputs: Inputs) -> Call:
+    """The operator behind nested tensors in SDPA: those cost Python time and an experimental flag."""
+    run = functools.partial(
+        torch.ops.aten._cudnn_attention_forward,
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        None,
+        inputs.kwargs["cu_seqlens_q"],
+        inputs.kwargs["cu_seqlens_k"],
+        inputs.kwargs["max_seqlen_q"],
+        inputs.kwargs["max_seqlen_k"],
+        False,  # no log-sum-exp, as in SDPA without gradients
+        0.0,
+        case.causal,
+        False,
+        scale=inputs.scale,
+    )
+    _try(run)
+    return Call(run, lambda: (run()[0], None), "aten::_cudnn_attention_forward, packed")
+
+
+def _sdpa_flash(case: Case, inputs: Inputs) -> Call:
+    if case.window == (-1, -1):
+        return _sdpa("FLASH_ATTENTION", case, inputs)
+    left, right = (None if side < 0 else side for side in case.bounds)
+    run = functools.partial(
+        torch.ops.aten._flash_attention_forward,
+        *(inputs.q, inputs.k, inputs.v, None, None, case.seqlen_q, case.seqlen_k, 0.0, False, False),
+        scale=inputs.scale,
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return Call(run, lambda: run()[:2], "fa2 window, aten::_flash_attention_forward")
+
+
+def _torch_varlen(case: Case, inputs: Inputs) -> Call:
+    from torch.nn.attention.varlen import varlen_attn
+
+    given = inputs.kwargs
+    arguments = [inputs.q, inputs.k, inputs.v, given["cu_seqlens_q"], given["cu_seqlens_k"]]
+    arguments += [given["max_seqlen_q"], given["max_seqlen_k"]]
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        more = {"window_size": case.bounds}
+    else:  # torch 2.10
+        more = {"is_causal": case.causal}
+    run = functools.partial(varlen_attn, *arguments, **more)
+    return Call(run, lambda: (run(), None))
+
+
+def _torch_varlen_absent(device: torch.device) -> str:
+    return _on_cuda_only(device) or _not_importable("torch.nn.attention.varlen")
+
+
+# cuDNN's own frontend: the only way to its sliding window
+
+
+def _cudnn_frontend(case: Case, inputs: Inputs) -> Call:
+    import cudnn
+
+    kinds = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
+    handle = cudnn.create_handle()
+    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+    graph = cudnn.pygraph(
+        io_data_type=kinds[case.dtype],
+        intermediate_data_type=cudnn.data_type.FLOAT,
+        compute_data_type=cudnn.data_type.FLOAT,
+        handle=handle,
+    )
+    q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    out = torch.empty(*inputs.q.shape[:-1], case.dim_v, dtype=case.dtype, device=q.device).transpose(1, 2)
+    nodes = [graph.tensor_like(x) for x in (q, k, v)]
+    left, right = case.bounds
+    alignment = "TOP_LEFT" if case.seqlen_q == case.seqlen_k else "BOTTOM_RIGHT"  # the former is older
+    o, _ = graph.sdpa(
+        name="sdpa",
+        **dict(zip("qkv", nodes, strict=True)),
+        is_inference=True,
+        attn_scale=inputs.scale,
+        diagonal_alignment=getattr(cudnn.diagonal_alignment, alignment),
+        # cuDNN counts the query's own position too
+        diagonal_band_left_bound=None if left < 0 else left + 1,
+        diagonal_band_right_bound=None if right < 0 else right,
+    )
+    o.set_output(True).set_dim(out.shape).set_stride(out.stride())
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=q.device)
+    tensors = dict(zip([*nodes, o], [q, k, v, out], strict=True))
+
+    def run():
+        graph.execute(tensors, workspace, handle=handle)
+        return out.transpose(1, 2)
+
+    return Call(run, lambda: (run(), None), f"cuDNN {cudnn.backend_version()} with a window")
+
+
+def _cudnn_frontend_absent(device: torch.device) -> str:
+    return _on_cuda_only(device) or _not_importable("cudnn")
+
+
+# FlashAttention
+
+
+def _flash(module: str, unlimited: int | None, case: Case, inputs: Inputs) -> Call:
+    """FlashAttention 3 and 4 share names; 4 writes None for an unlimited side of a window."""
+    library = importlib.import_module(module)
+    window = tuple(unlimited if side < 0 else side for side in case.window)
+    kwargs = {name: x for name, x in inputs.kwargs.items() if name not in ("softcap", "window_size")}
+    kwargs |= {"window_size": window, "softmax_scale": inputs.scale}
+    if case.softcap:
+        kwargs["softcap"] = case.softcap
+    function = library.flash_attn_varlen_func if case.varlen else library.flash_attn_func
+    accepted = inspect.signature(function).parameters  # some versions of 4 take no max_seqlen
+    kwargs = {name: x for name, x in kwargs.items() if name in accepted or not name.startswith("max_")}
+    run = functools.partial(function, inputs.q, inputs.k, inputs.v, **kwargs)
+
+    def answer():
+        out = run()
+        return (out[0] if isinstance(out, tuple) else out), None
+
+    return Call(run, answer)
+
+
+def _flash_absent(module: str, device: torch.device) -> str:
+    reason = _on_cuda_only(device) or _not_importable(module)
+    if reason:
+        return reason
+    function = getattr(importlib.import_module(module), "flash_attn_func", None)
+    if function is None:
+        return f"{module} has no flash_attn_func"
+    if (getattr(function, "__module__", None) or "").partition(".")[0] == "tandem_attn":
+        return f"{module} is tandem_attn under that name"
+    return ""
+
+
+def _not_importable(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken install raises anything
+        return f"cannot import {module} ({reason_of(error)})"
+    return ""
+
+
+def _flash_provider(name: str, module: str, unlimited: int | None) -> Provider:
+    absent = functools.partial(_flash_absent, module)
+    return Provider(name, absent, _any_case, functools.partial(_flash, module, unlimited))
+
+
+def _has_window(case: Case) -> bool:
+    return case.window != (-1, -1) and not case.varlen
+
+
+OURS = "tandem"
+PROVIDERS = [
+    Provider(OURS, _everywhere, _any_case, _tandem),
+    Provider("sdpa-cudnn", _on_cuda_only, _any_case, _sdpa_cudnn),
+    Provider("sdpa-flash", _on_cuda_only, lambda case: not case.varlen, _sdpa_flash),
+    Provider(
+        "sdpa",
+        lambda device: "" if device.type == "cpu" else "its backends are timed by name",
+        _any_case,
+        functools.partial(_sdpa, None),
+    ),
+    Provider("torch-varlen", _torch_varlen_absent, lambda case: case.varlen, _torch_varlen),
+    Provider("cudnn-frontend", _cudnn_frontend_absent, _has_window, _cudnn_frontend),
+    _flash_provider("fa3", "flash_attn_interface", -1),
+    _flash_provider("fa4", "flash_attn.cute", None),
+]

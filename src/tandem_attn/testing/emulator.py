@@ -1,0 +1,354 @@
+"""The forward kernel on the CPU: its own source, run by generators that take turns at random.
+
+Partitions are generators of which one runs at a time; barriers, TMA and wgmma behave as on Hopper, in an
+order that a seed decides: loads land late, products are done when waited for. Every access to shared memory
+is checked with vector clocks: unless barriers order it after all that it depends on, it is a `Race`,
+whether or not this order of events showed harm. Numbers are real too: the results can be compared with the
+reference.
+
+Not modelled: layouts, registers, rounding (P stays exact), and instructions inside a warpgroup.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+
+import numpy as np
+
+from tandem_attn.kernels.config import ForwardConfig
+from tandem_attn.kernels.launch import ForwardPlan, forward_boxes
+from tandem_attn.testing.machine import (
+    NEVER,
+    Barrier,
+    Cell,
+    Machine,
+    NamedBarrier,
+    Partition,
+    Race,
+    as_generators,
+    join,
+    partition,
+)
+from tandem_attn.testing.plain import Array, DeviceInt, Language, Layout, Pointer, array, gluon_module, load
+
+
+class Memory:
+    """What allocate_shared_memory returns: cells of equal shape, or views of one of them."""
+
+    def __init__(self, cells, view=lambda data: data):
+        self.cells, self.view = cells, view
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if len(self.cells) > 1:
+            return (len(self.cells), *self.cells[0].data.shape)
+        return self.view(np.empty(self.cells[0].data.shape)).shape
+
+    def index(self, i: int) -> Memory:
+        if not 0 <= i < len(self.cells):
+            raise IndexError(f"slot {i} of {len(self.cells)} in shared memory")
+        return Memory([self.cells[i]])
+
+    @property
+    def cell(self) -> Cell:
+        assert len(self.cells) == 1, "an access to all slots at once"
+        return self.cells[0]
+
+    def permute(self, axes) -> Memory:
+        return Memory([self.cell], lambda data: data.transpose(axes))
+
+    def reshape(self, shape) -> Memory:
+        return Memory([self.cell], lambda data: data.reshape(shape))
+
+    def load(self, layout) -> Array:
+        me = partition()
+        self.cell.check_read(me.clock, f"{me.name} loads")
+        self.cell.reads[me.name] = me.time
+        return array(self.view(self.cell.data).copy())
+
+    def store(self, value) -> None:
+        me = partition()
+        self.cell.check_write(me.clock, f"{me.name} stores")
+        self.cell.write(me.name, me.time, np.array(value).reshape(self.cell.data.shape))
+        self.cell.unfenced = True
+
+
+class Descriptor:
+    """A TMA descriptor over flat storage: any geometry, zeros outside, an error beyond the storage."""
+
+    def __init__(self, storage: np.ndarray, shape, strides, box):
+        self.storage, self.dims, self.strides = storage, shape, strides
+        self.block_type = self
+        self.shape = list(box)
+        self.dtype = "float"
+        self.nbytes = 2 * math.prod(box)
+
+    def places(self, coords) -> tuple[np.ndarray, np.ndarray]:
+        """(addresses, inside) of every element of the box at `coords`; addresses wrap at 2**64 bytes."""
+        address, inside = np.zeros((), np.uint64), np.ones((), bool)
+        for coord, dim, stride, size in zip(coords, self.dims, self.strides, self.shape, strict=True):
+            along = np.arange(coord, coord + size, dtype=np.int64)
+            address = address[..., None] + along.astype(np.uint64) * np.uint64(2 * stride % 2**64)
+            inside = inside[..., None] & (along >= 0) & (along < dim)
+        address = np.where(inside, address // np.uint64(2), 0).astype(np.int64)
+        if address.max(initial=0) >= self.storage.size:
+            raise IndexError(f"TMA at {coords} leaves its tensor")
+        return address, inside
+
+    def read(self, coords) -> np.ndarray:
+        address, inside = self.places(coords)
+        return np.where(inside, self.storage[address], 0.0)
+
+    def write(self, coords, data: np.ndarray) -> None:
+        address, inside = self.places(coords)
+        if not np.isnan(self.storage[address[inside]]).all():
+            raise AssertionError(f"O is written twice at {coords}")
+        self.storage[address[inside]] = data[inside]
+
+
+class Product:
+    """A wgmma under way: acc + a b, of what a and b hold until it is waited for."""
+
+    def __init__(self, a, b: Memory, acc, use_acc):
+        self.a, self.b, self.acc, self.use_acc, self.result = a, b, acc, use_acc, None
+        self.operands = [x for x in (a, b) if isinstance(x, Memory)]
+        self.garbage = False
+
+    def finish(self) -> None:
+        a, b = (x.view(x.cell.data) if isinstance(x, Memory) else x for x in (self.a, self.b))
+        acc = self.acc.result if isinstance(self.acc, Product) else self.acc
+        product = np.einsum("ij,jk->ik", a, b)  # matmul's threads cost more than they save
+        if self.garbage:
+            product[...] = np.nan
+        self.result = array(acc + product if self.use_acc else product)
+
+
+class _MBarrier:
+    MBarrierLayout = Layout
+
+    @staticmethod
+    def init(bar: Memory, count: int) -> None:
+        bar.cell.barrier = Barrier()
+        bar.cell.barrier.init(count)
+
+    @staticmethod
+    def arrive(bar: Memory, *, count: int = 1, pred=True) -> None:
+        me = partition()
+        if pred:
+            bar.cell.barrier.arrive(count, me.publish())
+        yield
+
+    @staticmethod
+    def expect(bar: Memory, nbytes: int, pred=True) -> None:
+        bar.cell.barrier.bytes += nbytes
+        bar.cell.barrier.arrive(1, partition().publish())
+
+    @staticmethod
+    def wait(bar: Memory, phase: int, pred=True, deps=()) -> None:
+        me, barrier = partition(), bar.cell.barrier
+        if pred:
+            yield lambda: barrier.phase & 1 != phase
+            join(me.clock, barrier.released)
+
+
+def _tma_load(desc: Descriptor, coords, bar: Memory, destination: Memory, pred=True) -> None:
+    me, cell, barrier = partition(), destination.cell, bar.cell.barrier
+    coords = [int(c) for c in coords]
+    cell.check_write(me.clock, f"TMA load of {coords}")
+    cell.fills += 1
+    who = ("TMA", id(cell))
+    cell.write(who, cell.fills, np.full(cell.data.shape, np.nan))
+    clock = me.publish() | {who: cell.fills}
+
+    def land():
+        cell.data = desc.read(coords).reshape(cell.data.shape)
+        join(barrier.gathering, clock)
+        barrier.bytes -= desc.nbytes
+        assert barrier.bytes >= 0, "more bytes than announced"
+        barrier.complete()
+
+    Machine.current.under_way.append(land)
+    yield
+
+
+def _tma_store(desc: Descriptor, coords, source: Memory) -> None:
+    me, cell = partition(), source.cell
+    coords = [int(c) for c in coords]
+    cell.check_read(me.clock, f"TMA store to {coords}")
+    if cell.unfenced:
+        raise Race(f"TMA store to {coords} of shared memory written without a fence since")
+    number = len(me.stores) + 1
+    cell.reads[me.name, "store"] = number
+    store = {"done": False}
+
+    def finish():
+        first = next(s for s in me.stores if not s["done"])  # in order
+        first["done"] = True
+        first["write"]()
+
+    store["write"] = lambda: desc.write(coords, cell.data.reshape(desc.shape))
+    me.stores.append(store)
+    Machine.current.under_way.append(finish)
+    yield
+
+
+def _tma_store_wait(pendings: int = 0) -> None:
+    me = partition()
+    yield (lambda: sum(not s["done"] for s in me.stores) <= pendings)
+    join(me.clock, {(me.name, "store"): max(len(me.stores) - pendings, 0)})
+
+
+def _fence(cells: list[Cell]):
+    def fence_async_shared(cluster=False) -> None:
+        me = partition()
+        for cell in cells:
+            if cell.written and cell.written[0] == me.name:
+                cell.unfenced = False
+
+    return fence_async_shared
+
+
+def _mma(a, b: Memory, acc, *, use_acc=True, precision=None, max_num_imprecise_acc=None, is_async=False):
+    me = partition()
+    product = Product(a, b, acc, use_acc)
+    try:
+        for x in product.operands:
+            x.cell.check_read(me.clock, f"wgmma of {me.name}")
+            if x.cell.written is None:
+                raise Race(f"wgmma of {me.name} reads what was never written")
+        for x in product.operands:
+            x.cell.reads[me.name] = NEVER
+    except Race as race:  # fair where nobody uses the result: the P V before a program's first
+        product.garbage, product.operands = True, []
+        Machine.current.garbage.append(race)
+    me.products.append(product)
+    if not is_async:
+        return (yield from _mma_wait(0, deps=(product,)))
+    yield
+    return product
+
+
+def _mma_wait(num_outstanding: int = 0, deps=None):
+    me = partition()
+    yield
+    while len(me.products) > num_outstanding:
+        product = me.products.pop(0)
+        product.finish()
+        for x in product.operands:
+            busy = any(x.cell is y.cell for p in me.products for y in p.operands)
+            if me.name in x.cell.reads:
+                x.cell.reads[me.name] = NEVER if busy else me.time
+    results = tuple(d.result if isinstance(d, Product) else d for d in deps)
+    assert all(r is not None for r in results), "the result of a wgmma that is still under way"
+    return results[0] if len(results) == 1 else results
+
+
+class EmulatedLanguage(Language):
+    """`gl` with shared memory, partitions and named barriers."""
+
+    def __init__(self, program: int, programs: int, machine: Machine):
+        super().__init__(program, programs)
+        self.machine, self.cells, self.named = machine, [], {}
+
+    def num_warps(self):
+        return partition().warps
+
+    def allocate_shared_memory(self, dtype, shape, layout):
+        cells = [Cell(tuple(int(n) for n in shape[1:])) for _ in range(int(shape[0]))]
+        self.cells += cells
+        return Memory(cells)
+
+    def warp_specialize(self, functions, worker_warps, worker_registers):
+        """Only noted: run_forward starts the partitions of all programs together."""
+        for (function, args), warps in zip(functions, [4, *worker_warps], strict=True):
+            name = f"program {self.program} {function.__name__}{args[0] if isinstance(args[0], int) else ''}"
+            self.machine.partitions.append(Partition(name, function(*args), warps))
+
+    def inline_asm_elementwise(self, asm, constraints, args, dtype=None, is_pure=True, pack=1):
+        named = NAMED_BARRIER.search(asm)
+        if named:
+            return self.named_barrier(*named.groups(), args)
+        return super().inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack)
+
+    def named_barrier(self, guarded, op: str, number: str, total: str, args):
+        """bar.sync or bar.arrive by the running partition."""
+        if guarded and not args[1]:
+            return args[0]
+        me = partition()
+        number = int(args[0] if number == "$1" else number)
+        assert 8 <= number < 16, f"named barrier {number}: Triton has 0 to 7, the hardware 16"
+        barrier = self.named.setdefault(number, NamedBarrier())
+        generation = barrier.generation
+        barrier.arrive(32 * me.warps, int(total), me.publish())
+        yield (lambda: barrier.generation > generation) if op == "sync" else None
+        if op == "sync":
+            join(me.clock, barrier.released)
+        return args[0]
+
+
+NAMED_BARRIER = re.compile(r"(@p )?bar\.(sync|arrive) (\$1|\d+), (\d+);")
+
+
+def load_forward(gl: EmulatedLanguage, mutations: dict[str, str] | None = None) -> dict:
+    """The plain modules of the forward kernel, by full name."""
+    gluon = gluon_module(
+        gl,
+        mbarrier=_MBarrier,
+        tma_load=_tma_load,
+        tma_store=_tma_store,
+        tma_store_wait=_tma_store_wait,
+        fence_async_shared=_fence(gl.cells),
+        warpgroup_mma=_mma,
+        warpgroup_mma_wait=_mma_wait,
+    )
+    return load(["device.schedule", "device.mask", "kernels.forward"], gluon, mutations, as_generators)
+
+
+class PlainConfig:
+    """A ForwardConfig with plain policies, as device code reads it."""
+
+    def __init__(self, config: ForwardConfig, modules: dict):
+        self.static, self._config, self._modules = self, config, modules
+
+    def __getattr__(self, name: str):
+        if name == "dtype":
+            return Language.bfloat16
+        value = getattr(self._config, name)
+        if name in ("Mask", "Sequences", "Schedule"):
+            return getattr(self._modules[value.__module__], value.__name__)
+        return DeviceInt(value) if type(value) is int else value
+
+
+def run_forward(plan: ForwardPlan, tensors, lengths: tuple, programs: int, seed: int, mutations=None):
+    """(out, lse, reads of garbage) of a launch of `plan` with so many programs, all at once.
+
+    tensors: (storage of q, of k, of v), flat float64 arrays; lengths: (cu_seqlens_q, cu_seqlens_k, seqused_q,
+    seqused_k), integer arrays or None. What no program writes stays NaN.
+    """
+    out = np.full(math.prod(plan.out_shape), np.nan)
+    lse = np.full(math.prod(plan.lse_shape), np.nan)
+    counter = np.zeros(1, np.int64)
+    arguments = {
+        name: Descriptor(storage, *geometry, box)
+        for (name, (box, _)), storage, geometry in zip(
+            forward_boxes(plan.config).items(), (*tensors, out), plan.geometry, strict=True
+        )
+    }
+    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+    pointers = dict(zip(names, lengths, strict=True)) | {"lse_ptr": lse, "counter": counter}
+    arguments |= {name: None if x is None else Pointer(np.asarray(x)) for name, x in pointers.items()}
+    machine = Machine(seed)
+    for program in range(programs):
+        modules = load_forward(EmulatedLanguage(program, programs, machine), mutations)
+        kernel = modules["tandem_attn.kernels.forward"].attention_forward
+        config = PlainConfig(plan.config, modules)
+        numbers = iter(DeviceInt(x) if isinstance(x, int) else x for x in plan.numbers)
+        wanted = list(inspect.signature(kernel).parameters)[:-1]
+        for _ in kernel(*(arguments[n] if n in arguments else next(numbers) for n in wanted), config):
+            raise AssertionError("the kernel waits outside its partitions")
+    with np.errstate(all="ignore"):
+        machine.run()
+    assert counter[0] == 0, "the next launch finds the tile counter not at zero"
+    return out.reshape(plan.out_shape), lse.reshape(plan.lse_shape), machine.garbage

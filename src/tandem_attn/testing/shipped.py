@@ -1,0 +1,122 @@
+"""Every forward kernel that a question can lead to: what must compile, fit and be fast.
+
+Found by asking `forward_config`, not by reading its table, so a new row is covered as soon as a question
+reaches it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+
+from tandem_attn.device.mask import CausalMask, FullMask, WindowMask
+from tandem_attn.device.sequence import Dense, Varlen
+from tandem_attn.kernels.config import ForwardConfig, forward_config
+from tandem_attn.spec import AttentionSpec, Window
+
+WINDOWS = {"full": Window(), "causal": Window(-1, 0), "window": Window(256, 0)}
+LENGTHS = (128, 1000, 1024, 2000, 4096, 16384)  # short and long, whole key blocks and not
+HEAD_DIMS = tuple(range(32, 257, 32))
+
+
+def question(
+    head_dim: int = 128,
+    head_dim_v: int | None = None,
+    seqlen_q: int = 4096,
+    seqlen_k: int | None = None,
+    window: Window = WINDOWS["full"],
+    varlen: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    softcap: float = 0.0,
+    batch: int = 2,
+    num_heads: int = 8,
+    num_kv_heads: int | None = None,
+) -> AttentionSpec:
+    """A spec of contiguous tensors on a GPU that need not exist."""
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    num_kv_heads = num_kv_heads or num_heads
+
+    def stride(rows: int, heads: int, dim: int) -> tuple[int, ...]:
+        return (heads * dim, dim, 1) if varlen else (rows * heads * dim, heads * dim, dim, 1)
+
+    return AttentionSpec(
+        device=torch.device("cuda", 0),
+        dtype=dtype,
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        softmax_scale=head_dim**-0.5,
+        window=window.reduced(seqlen_q, seqlen_k),
+        softcap=softcap,
+        varlen=varlen,
+        total_q=batch * seqlen_q,
+        total_k=batch * seqlen_k,
+        has_seqused_q=False,
+        has_seqused_k=False,
+        q_stride=stride(seqlen_q, num_heads, head_dim),
+        k_stride=stride(seqlen_k, num_kv_heads, head_dim),
+        v_stride=stride(seqlen_k, num_kv_heads, head_dim_v),
+        aligned=True,
+        sm_margin=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel: a configuration, and which used lengths it takes ("", "q", "k" or "qk")."""
+
+    config: ForwardConfig
+    seqused: str = ""
+
+    @property
+    def name(self) -> str:
+        """Short and unique: what matters first, then every field of the configuration that is unusual."""
+        c = self.config
+        parts = [c.element, f"{c.head_dim}x{c.head_dim_v}", c.Mask.__name__, c.Sequences.__name__]
+        parts += [f"seqused_{self.seqused}"] if self.seqused else []
+        said = {"element", "head_dim", "head_dim_v", "Mask", "Sequences", "Schedule"}
+        for field in dataclasses.fields(c):
+            value = getattr(c, field.name)
+            if field.name in said or value == field.default:
+                continue
+            flag = ("" if value else "no_") + field.name
+            parts.append(flag if isinstance(value, bool) else f"{field.name}{value}")
+        return "-".join(parts)
+
+
+def configs(dtype: torch.dtype = torch.bfloat16, softcap: float = 0.0) -> list[ForwardConfig]:
+    """All configurations for one element type, each once, always in the same order."""
+    found: dict[ForwardConfig, None] = {}
+    for dims in itertools.product(HEAD_DIMS, HEAD_DIMS):
+        for window, varlen, length in itertools.product(WINDOWS.values(), (False, True), LENGTHS):
+            spec = question(*dims, length, window=window, varlen=varlen, dtype=dtype, softcap=softcap)
+            found[forward_config(spec)] = None
+    return list(found)
+
+
+def variants() -> list[Variant]:
+    """What the tests compile: everything in bf16; fp16, softcap and used lengths where they could differ.
+
+    fp16 changes two instructions (the rounding of P, the type of wgmma): one mask of every head shape, and
+    all masks of 128. Softcap adds to the scores of any mask: the causal and window kernels of every shape.
+    Used lengths change two loads of VarlenTiles: once each.
+    """
+    shipped = [Variant(c) for c in configs()]
+    for c in configs(torch.float16):
+        if (c.Mask, c.Sequences) == (CausalMask, Dense) or c.head_dim == c.head_dim_v == 128:
+            shipped.append(Variant(c))
+    for c in configs(softcap=30.0):
+        if (c.Mask, c.Sequences) in ((CausalMask, Dense), (WindowMask, Varlen)):
+            shipped.append(Variant(c))
+    used = {FullMask: "qk", CausalMask: "q", WindowMask: "k"}
+    for c in configs():
+        if c.head_dim == c.head_dim_v == 128 and c.Sequences is Varlen:
+            shipped.append(Variant(c, used[c.Mask]))
+    return shipped

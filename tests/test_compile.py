@@ -1,0 +1,234 @@
+"""Every shipped kernel compiles for sm_90a without a GPU, on every supported Triton, as it should.
+
+The installed Triton compiles all of testing/shipped.py: variants(), others the bf16 kernels. Others are found
+in VENV/triton-X.Y.Z, where tools/triton_matrix.sh puts them. Results are kept in pytest's cache under a
+digest of all sources that matter: an edit compiles everything again, nothing else does.
+
+    TANDEM_TRITON_MATRIX=0   the installed Triton only
+    TANDEM_COMPILE_JOBS=1    fewer processes than cores
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import tandem_attn
+from tandem_attn.device.mask import NoMask
+from tandem_attn.device.schedule import PlainTiles
+from tandem_attn.device.sequence import Dense
+from tandem_attn.kernels.config import SHARED_MEMORY, ForwardConfig
+from tandem_attn.testing.compile import Report, named_barriers, report, unfenced_stores
+from tandem_attn.testing.sass import tight_loops
+from tandem_attn.testing.shipped import Variant, variants
+
+PACKAGE = pathlib.Path(tandem_attn.__file__).parent
+TOOLS = PACKAGE.parents[1] / "tools"
+INSTALLED = importlib.metadata.version("triton").partition("+")[0]
+SUPPORTED = dict(
+    line.split() for line in (TOOLS / "tritons.txt").read_text().splitlines()
+)  # version: oldest Python
+VARIANTS = {v.name: v for v in variants()}
+BASIC = [
+    n for n, v in VARIANTS.items() if v.config.element == "bf16" and not v.config.softcap and not v.seqused
+]
+JOBS = int(os.environ.get("TANDEM_COMPILE_JOBS") or os.cpu_count())
+
+# Bytes of spill stores and loads in a whole kernel: prologue and epilogue, a few microseconds in all.
+MAX_SPILL = 256
+# From 3.9 on Triton copies A operands in front of each wgmma, and its ptxas (13.4) keeps both copies:
+# registers run out in loops. (most bytes in all, head dimensions where ptxas serialises wgmma)
+CROWDED = {"3.9.0": (3328, (96,))}
+
+
+def why_missing(version: str) -> str:
+    """Why this Triton is not there; empty if it is."""
+    if version == INSTALLED or (where(version) / "triton").is_dir():
+        return ""
+    if os.environ.get("TANDEM_TRITON_MATRIX") == "0":
+        return "TANDEM_TRITON_MATRIX=0"
+    oldest = tuple(map(int, SUPPORTED[version].split(".")))
+    if sys.version_info[:2] < oldest:
+        return f"needs Python {SUPPORTED[version]}"
+    failed = where(version).with_suffix(where(version).suffix + ".failed")
+    said = failed.read_text().strip().splitlines()[-1:] if failed.exists() else []
+    return said[0] if said else f"not in {where(version)}: run tools/triton_matrix.sh"
+
+
+def where(version: str) -> pathlib.Path:
+    return pathlib.Path(sys.prefix, f"triton-{version}")
+
+
+def cases():
+    """(version, name) of everything to compile; versions that are missing are one skipped case."""
+    versions = list(dict.fromkeys([INSTALLED, *SUPPORTED]))
+    for version in versions:
+        missing = why_missing(version)
+        if missing:
+            skip = pytest.mark.skip(reason=f"Triton {version}: {missing}")
+            yield pytest.param(version, BASIC[0], marks=skip, id=version)
+            continue
+        for name in VARIANTS if version == INSTALLED else BASIC:
+            yield pytest.param(version, name, id=f"{version}-{name}")
+
+
+CASES = list(cases())
+
+
+@pytest.fixture(scope="session")
+def reports(request, tmp_path_factory):
+    """A function (version, name) -> Report; when first asked, it compiles all that is wanted of a version."""
+    known: dict[str, dict] = {}
+    sources = [*sorted(PACKAGE.glob("device/*.py")), *sorted(PACKAGE.glob("kernels/*.py"))]
+    sources += [PACKAGE / "testing" / f"{name}.py" for name in ("compile", "sass", "shipped")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("compiled") if cache else tmp_path_factory.mktemp("compiled")
+
+    def get(version: str, name: str) -> Report:
+        kept = folder / f"{version}-{digest}.json"
+        if version not in known:
+            known[version] = json.loads(kept.read_text()) if kept.exists() else {}
+        fields = known[version]
+        if name not in fields:
+            params = [i.callspec.params for i in request.session.items if hasattr(i, "callspec")]
+            wanted = {p["name"] for p in params if p.get("version") == version} | {name}
+            fields |= compile_with(version, sorted(wanted - set(fields)), request.config, tmp_path_factory)
+            for old in folder.glob(f"{version}-*.json"):
+                old.unlink()
+            kept.write_text(json.dumps(fields))
+        if "error" in fields[name]:
+            pytest.fail(f"Triton {version} does not compile {name}:\n{fields[name]['error']}")
+        return Report.from_json(fields[name])
+
+    return get
+
+
+def compile_with(version: str, names: list[str], config, tmp_path_factory) -> dict:
+    """Reports of these kernels by another interpreter, which sees that Triton first."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal:
+        terminal.write_line(f"\ncompiling {len(names)} kernels with Triton {version}, {JOBS} at a time")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "TANDEM_"))}
+    if version != INSTALLED:
+        environment["PYTHONPATH"] = os.pathsep.join([str(where(version)), os.environ.get("PYTHONPATH", "")])
+    out = tmp_path_factory.mktemp("reports") / f"{version}.json"
+    command = [sys.executable, "-m", "tandem_attn.testing.compile", "--jobs", str(JOBS), "--out", out, *names]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
+    assert out.exists(), f"{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+    assert run.stdout.startswith(f"triton {version}"), f"another Triton: {run.stdout[:100]}"
+    return json.loads(out.read_text())
+
+
+def products_per_block(config: ForwardConfig) -> int:
+    """wgmma per key block: Q K^T in steps of 16 columns, P V in steps of 16 keys for each chunk of V."""
+    return config.head_dim // 16 + config.tile_n // 16 * config.v_chunks
+
+
+@pytest.mark.parametrize("version, name", CASES)
+def test_compiles_within_the_limits(reports, version, name):
+    made, config = reports(version, name), VARIANTS[name].config
+    max_spill, serialised = CROWDED.get(version, (MAX_SPILL, ()))
+    assert not made.warnings or config.head_dim in serialised
+    assert made.spill_bytes <= max_spill
+    assert config.shared_memory < made.shared_memory <= SHARED_MEMORY
+    assert made.registers <= config.maxnreg
+    assert set(config.worker_registers) <= set(made.setmaxnreg), "registers are not handed over"
+    assert made.unfenced_stores == 0
+    assert max(made.named_barriers) < 8, "Triton's barriers meet those of device/turn.py"
+
+
+@pytest.mark.parametrize("version, name", CASES)
+def test_loops_hold_what_they_should(reports, version, name):
+    """One loop per consumer and kind of block; nothing in them that would slow every block down."""
+    made, config = reports(version, name), VARIANTS[name].config
+    kinds = 1 + config.Mask.masks.value + config.Mask.has_left_edge.value  # whole, right edge, left edge
+    assert len(made.tight_loops) == kinds * config.num_consumers
+    for loop in made.tight_loops:
+        assert loop["HGMMA"] == products_per_block(config)
+        assert loop["PRMT"] == 0, "P is repacked on every turn"
+        assert loop["MUFU.EX2"] >= config.tile_n // 2  # one per score: 64 x tile_n by 128 threads
+        assert loop["spill"] == 0 or version in CROWDED
+
+
+def test_continuous_integration_has_every_triton():
+    """A version that is silently missing there would never be tested."""
+    if os.environ.get("CI") != "true":
+        pytest.skip("not CI")
+    for version, oldest in SUPPORTED.items():
+        if sys.version_info[:2] >= tuple(map(int, oldest.split("."))):
+            assert not why_missing(version), f"Triton {version}: {why_missing(version)}"
+
+
+def test_the_supported_versions_include_the_installed_one():
+    assert INSTALLED in SUPPORTED, "add it to tools/tritons.txt"
+    assert len(CASES) >= len(VARIANTS) + len(SUPPORTED) - 1
+
+
+def test_a_kernel_that_wants_too_many_registers_is_noticed():
+    """Q in registers besides three consumers: 160 registers do not hold it."""
+    config = ForwardConfig(
+        "bf16", 64, 64, NoMask, Dense, PlainTiles, num_consumers=3, q_in_registers=True, rescale_first=True
+    )
+    made = report(Variant(config).config)
+    assert made.warnings or any(loop["spill"] for loop in made.tight_loops)
+
+
+LISTING = """
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDL R2, [R1] ;
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*0030*/              @!P0 BRA `(.L_x_9) ;
+.L_x_2:
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*0050*/                   MUFU.EX2 R5, R5 ;
+        /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R2], R3 ;
+        /*0070*/              @!P1 BRA `(.L_x_8) ;
+.L_x_3:
+        /*0080*/               @P2 BRA `(.L_x_2) ;
+        /*0090*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*00a0*/               @P3 BRA `(.L_x_1) ;
+        /*00b0*/                   EXIT ;
+.L_x_8:
+        /*00c0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R2], R3 ;
+        /*00d0*/              @!P1 BRA `(.L_x_8) ;
+        /*00e0*/                   PRMT R1, R1, R1, R1 ;
+        /*00f0*/                   BRA `(.L_x_3) ;
+.L_x_9:
+        /*0100*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_tight_loops_are_the_innermost_ones_with_products():
+    """An outer loop, a loop in it whose wait goes on in a cold block far below, and a spin of its own."""
+    (loop,) = tight_loops(LISTING)
+    assert (loop["HGMMA"], loop["MUFU.EX2"], loop["PRMT"], loop["spill"]) == (1, 1, 1, 0)
+    assert loop["length"] == 9
+    spilled = LISTING.replace("MUFU.EX2 R5, R5", "STL [R1], R5")
+    assert tight_loops(spilled)[0]["spill"] == 1
+    assert tight_loops(LISTING.replace("@P2 BRA", "NOP")) != tight_loops(LISTING)
+
+
+def test_unfenced_stores_are_counted():
+    write = "\tst.shared.v4.b32 \t[%r1], {%r2, %r3, %r4, %r5};\n"
+    fence = "\tfence.proxy.async.shared::cta;\n"
+    store = "\t@%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1, %r2}], [%r3];\n"
+    assert unfenced_stores(write + fence + store + store) == 0
+    assert unfenced_stores(write + store) == 1
+    assert unfenced_stores(fence + write + store) == 1
+    assert unfenced_stores(write + fence + store + write + store) == 1
+
+
+def test_named_barriers_leave_out_those_of_turns():
+    ptx = (
+        "bar.sync \t0, 128;\n barrier.sync \t1;\n bar.sync 8, 256;\n bar.arrive 9, 256;\n bar.sync 2, 128;\n"
+    )
+    assert named_barriers(ptx) == (0, 1, 2)
+    assert named_barriers(ptx + "bar.sync 8, 128;") == (0, 1, 2)

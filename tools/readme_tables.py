@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""Rewrite the tables of README.md from benchmarks/results/*.json, so that no number is typed by hand.
+
+A table lies between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is forward-GROUP (a group of `bench
+forward`) or overhead, and may be followed by the name of a result file; without it the newest result that
+holds such numbers is taken. With --check nothing is written, and the exit status is 1 if something would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- table: ")
+OURS = "tandem"
+RECORDED = " (recorded)"
+
+
+class TableError(Exception):
+    """A marker or a result that no table can be made of."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if the document is, or now is, up to date; 1 if --check finds it is not; 2 if it cannot be made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if something is out of date")
+    parser.add_argument("--readme", type=pathlib.Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args(argv)
+    try:
+        before = args.readme.read_text()
+        after, stale = rewritten(before, args.results)
+    except (OSError, TableError) as error:
+        print(f"{args.readme.name}: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        for name in stale:
+            print(f"{args.readme.name}: table {name!r} is out of date; run tools/readme_tables.py")
+        return int(bool(stale))
+    if stale:
+        args.readme.write_text(after)
+        print(f"{args.readme.name}: rewrote {', '.join(stale)}")
+    return 0
+
+
+def rewritten(document: str, results: pathlib.Path) -> tuple[str, list[str]]:
+    """The document with fresh tables, and the names of those that changed."""
+    if len(OPENING.findall(document)) != len(MARKED.findall(document)):
+        raise TableError("a table marker is not closed by <!-- /table -->, each on a line of its own")
+    stale: list[str] = []
+
+    def fresh(match: re.Match) -> str:
+        opening, name, body, closing = match.groups()
+        made = table(name, results)
+        if made != body:
+            stale.append(name)
+        return opening + made + closing
+
+    return MARKED.sub(fresh, document), stale
+
+
+def table(name: str, results: pathlib.Path) -> str:
+    """The Markdown of a table by its marker's name."""
+    kind, _, file = name.partition(" ")
+    if kind == "overhead":
+        path, document = _result(results, file, lambda d: d["kind"] == "overhead", name)
+        lines = overhead_table(document)
+    elif kind.startswith("forward-"):
+        group = kind.removeprefix("forward-")
+        path, document = _result(results, file, lambda d: _holds(d, group), name)
+        records = [record for record in document["cases"] if record["group"] == group]
+        lines = grid_table(records) if group == "grid" else group_table(records)
+        lines += ["", *notes(document, group, records)]
+    else:
+        raise TableError(f"table {name!r} is unknown; supported: overhead, forward-GROUP")
+    return "\n".join([*lines, "", source(path, document), ""])
+
+
+def _holds(document: dict, group: str) -> bool:
+    return document["kind"] == "forward" and any(r["group"] == group for r in document["cases"])
+
+
+def _result(results: pathlib.Path, file: str, wanted, name: str) -> tuple[pathlib.Path, dict]:
+    """The named result, or the newest that is wanted."""
+    paths = [results / file.strip()] if file else sorted(results.glob("*.json"))
+    found = []
+    for path in paths:
+        try:
+            document = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise TableError(f"cannot read {path}: {error}") from error
+        if "kind" in document and wanted(document):
+            found.append((document["environment"]["date"], path, document))
+    if not found:
+        raise TableError(f"no result in {results} has what table {name!r} shows")
+    _, path, document = max(found, key=lambda entry: entry[:2])
+    if not document["complete"]:
+        raise TableError(f"{path.name} is of a run that was cut off")
+    return path, document
+
+
+def grid_table(records: list[dict]) -> list[str]:
+    """A row per head_dim and mask, a column per length: ours / best peer = ratio."""
+    seqlens = sorted({record["question"]["seqlen_k"] for record in records})
+    rows: dict[tuple, dict[int, dict]] = {}
+    for record in records:
+        asked = record["question"]
+        rows.setdefault((asked["head_dim"], asked["causal"]), {})[asked["seqlen_k"]] = record
+    header = ["head_dim", "mask", *map(_thousands, seqlens)]
+    body = [
+        [str(head_dim), "causal" if causal else "full", *(_against(row.get(s)) for s in seqlens)]
+        for (head_dim, causal), row in sorted(rows.items())
+    ]
+    return markdown(header, body)
+
+
+def _thousands(seqlen: int) -> str:
+    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
+
+
+def _against(record: dict | None) -> str:
+    if record is None:
+        return ""
+    ours, best = record["results"].get(OURS), record["best"]
+    if best is None or best["ratio"] is None:
+        return _cell(ours)
+    return f"**{_number(ours['tflops'])}** / {_peer(best)} = {best['ratio']:.2f}"
+
+
+def _peer(best: dict) -> str:
+    """588 fa3*: the star says recorded."""
+    name = best["name"].removesuffix(RECORDED).removeprefix("sdpa-")
+    return f"{_number(best['tflops'])} {name}" + ("\\*" if best["name"].endswith(RECORDED) else "")
+
+
+def group_table(records: list[dict]) -> list[str]:
+    """A row per case, a column per provider, and our ratio to the best of them."""
+    names = list(dict.fromkeys(name for record in records for name in record["results"]))
+    names = [name for name in names if any(_has_number(record, name) for record in records)]
+    body = []
+    for record in records:
+        best = record["best"]
+        ratio = "" if best is None or best["ratio"] is None else f"{best['ratio']:.2f}"
+        body.append([record["id"], *(_cell(record["results"].get(name)) for name in names), ratio])
+    return markdown(["case", *names, f"{OURS} / best peer"], body)
+
+
+def _has_number(record: dict, name: str) -> bool:
+    return name == OURS or "median_us" in record["results"].get(name, {})
+
+
+def _cell(result: dict | None) -> str:
+    if result is None or "reason" in result:
+        return "-"
+    if "wrong" in result:
+        return "wrong result"
+    if "tflops" in result:
+        return _number(result["tflops"])
+    return f"({result['median_us']:.0f} us: {result['label']})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def notes(document: dict, group: str, records: list[dict]) -> list[str]:
+    """How to read a table of TFLOPS."""
+    found = ["TFLOPS of the forward pass; more is better."]
+    mean = document["summary"][group]["best"]
+    if mean["ratio"] is not None:
+        found.append(
+            f"Geometric mean of {OURS} / best peer: **{mean['ratio']:.3f}** over {mean['cases']} cases."
+        )
+    if any((record["best"] or {"name": ""})["name"].endswith(RECORDED) for record in records):
+        found.append("\\* recorded earlier on a card of the same kind, not in this run.")
+    return [" ".join(found)]
+
+
+def overhead_table(document: dict) -> list[str]:
+    """Host time per call of each function."""
+    body = [
+        [one["id"], f"{one['median_us']:.1f}" if "median_us" in one else "-"] for one in document["cases"]
+    ]
+    lines = markdown(["function", "host microseconds per call"], body)
+    return [*lines, "", document["remark"]] if document["remark"] else lines
+
+
+def source(path: pathlib.Path, document: dict) -> str:
+    """Where the numbers come from, in one line."""
+    stamp = document["environment"]
+    card = stamp["gpu"]["name"] if stamp["gpu"] else f"{stamp['cpu']['machine']} CPU"
+    commit = stamp["git"]["commit"]
+    code = f"commit {commit[:10]}" if commit else f"source {stamp['source_digest']}"
+    facts = [card, f"torch {stamp['torch']}", f"Triton {stamp['triton']}", stamp["date"][:10], code]
+    return f"<sub>{', '.join(facts)}; from `benchmarks/results/{path.name}`</sub>"
+
+
+def markdown(header: list[str], body: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table, numbers to the right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *body)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
