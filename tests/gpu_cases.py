@@ -332,7 +332,8 @@ def compile_kernel(case: Case) -> str:
     operands = [meta(8, 8, 8, 8)[0] if spec.varlen else meta(8, 8, 8, 8) for _ in range(4)]
     starts = meta(8, dtype=torch.int32) if spec.varlen else None
     used = [starts if has else None for has in (spec.has_seqused_q, spec.has_seqused_k)]
-    made = plan._prepare((*operands, meta(8, dtype=torch.float32)), (starts, starts, *used))
+    counter = meta(1, dtype=torch.int32) if plan.dynamic else None
+    made = plan._prepare((*operands, meta(8, dtype=torch.float32)), (starts, starts, *used, counter))
     return made.compiled.hash
 
 

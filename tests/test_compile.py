@@ -24,8 +24,8 @@ from tandem_attn.device.schedule import PlainTiles
 from tandem_attn.device.sequence import Dense
 from tandem_attn.kernels.config import SHARED_MEMORY, ForwardConfig
 from tandem_attn.testing.compile import Report, named_barriers, report, unfenced_stores
-from tandem_attn.testing.sass import tight_loops
-from tandem_attn.testing.shipped import Variant, variants
+from tandem_attn.testing.sass import register_use, tight_loops
+from tandem_attn.testing.shipped import Variant, distinct_variants, variants
 
 PACKAGE = pathlib.Path(tandem_attn.__file__).parent
 TOOLS = PACKAGE.parents[1] / "tools"
@@ -34,9 +34,7 @@ SUPPORTED = dict(
     line.split() for line in (TOOLS / "tritons.txt").read_text().splitlines()
 )  # version: oldest Python
 VARIANTS = {v.name: v for v in variants()}
-BASIC = [
-    n for n, v in VARIANTS.items() if v.config.element == "bf16" and not v.config.softcap and not v.seqused
-]
+OTHERS = [v.name for v in distinct_variants()]
 JOBS = int(os.environ.get("TANDEM_COMPILE_JOBS") or os.cpu_count())
 
 # Bytes of spill stores and loads in a whole kernel: prologue and epilogue, a few microseconds in all.
@@ -71,9 +69,9 @@ def cases():
         missing = why_missing(version)
         if missing:
             skip = pytest.mark.skip(reason=f"Triton {version}: {missing}")
-            yield pytest.param(version, BASIC[0], marks=skip, id=version)
+            yield pytest.param(version, OTHERS[0], marks=skip, id=version)
             continue
-        for name in VARIANTS if version == INSTALLED else BASIC:
+        for name in VARIANTS if version == INSTALLED else OTHERS:
             yield pytest.param(version, name, id=f"{version}-{name}")
 
 
@@ -138,6 +136,8 @@ def test_compiles_within_the_limits(reports, version, name):
     assert made.spill_bytes <= max_spill
     assert config.shared_memory < made.shared_memory <= SHARED_MEMORY
     assert made.registers <= config.maxnreg
+    for limit, used in made.register_use.items():
+        assert used <= limit, "a warpgroup uses registers that it has given back"
     assert set(config.worker_registers) <= set(made.setmaxnreg), "registers are not handed over"
     assert made.unfenced_stores == 0
     assert max(made.named_barriers) < 8, "Triton's barriers meet those of device/turn.py"
@@ -214,6 +214,13 @@ def test_tight_loops_are_the_innermost_ones_with_products():
     spilled = LISTING.replace("MUFU.EX2 R5, R5", "STL [R1], R5")
     assert tight_loops(spilled)[0]["spill"] == 1
     assert tight_loops(LISTING.replace("@P2 BRA", "NOP")) != tight_loops(LISTING)
+
+
+def test_registers_are_counted_under_each_limit():
+    text = LISTING.replace("MUFU.EX2 R5, R5", "USETMAXREG.DEALLOC.CTAPOOL 0x18")
+    assert register_use(text, 168) == {168: 25, 24: 25}  # R24 is the 25th
+    text = text.replace("PRMT R1, R1, R1, R1", "LDG.E.128 R90, [R2]")
+    assert register_use(text, 168) == {168: 25, 24: 94}
 
 
 def test_unfenced_stores_are_counted():

@@ -61,7 +61,7 @@ def test_every_question_has_a_configuration_that_holds_it(head_dim):
     """All pairs of head dimensions; and nothing is reached that the compile tests do not know."""
     shipped = {torch.bfloat16: set(configs()), torch.float16: set(configs(torch.float16))}
     kinds = itertools.product(DIMS, WINDOWS.values(), (False, True), (520, 1024, 30000))
-    for (head_dim_v, window, varlen, length), dtype in zip(kinds, itertools.cycle(shipped)):  # noqa: B905
+    for (head_dim_v, window, varlen, length), dtype in zip(kinds, itertools.cycle(shipped)):
         config = forward_config(
             question(head_dim, head_dim_v, length, window=window, varlen=varlen, dtype=dtype)
         )
@@ -154,7 +154,7 @@ def test_text_for_people(variant):
 
 def test_names_of_variants_are_unique():
     names = [v.name for v in variants()]
-    assert len(set(names)) == len(names) >= 80
+    assert len(set(names)) == len(names) >= 70
     assert all(re.fullmatch(r"[\w-]+", name) for name in names)
 
 

@@ -27,6 +27,8 @@ def reasons(spec: AttentionSpec) -> list[str]:
         said += _cuda_reasons(spec)
     else:
         said.append(f"tensors are on {spec.device}; torch's fused kernels used here run on cpu and cuda")
+    if not spec.softmax_scale > 0.0:  # they mask before they scale: -inf times that is +inf or NaN
+        said.append(f"softmax_scale is {spec.softmax_scale}; torch's fused kernels need it positive")
     if spec.softcap != 0.0:
         said.append(f"softcap is {spec.softcap}; torch's fused kernels have none")
     if spec.head_dim_v != spec.head_dim:

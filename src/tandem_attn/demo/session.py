@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 def _one_thread():
     """Matrices this small gain little from a second core, and lose nearly all if another program wants it.
 
-    Two cores shared with other work (AMD EPYC, 2026-11-24): 14,000 tokens/s with one thread, 300 to 6,000
+    Two cores shared with other work (AMD EPYC, 2026-11-25): 14,000 tokens/s with one thread, 300 to 6,000
     with two, which wait for each other at every operation.
     """
     before = torch.get_num_threads()
@@ -95,7 +95,7 @@ def _introduce(model: models.Transformer, tokens: text.Text, recipe: train.Recip
     q = torch.zeros(recipe.batch, shape.context, shape.heads, shape.head_dim, **options)
     k = torch.zeros(recipe.batch, shape.context, shape.kv_heads, shape.head_dim, **options)
     explanation = tandem_attn.explain(q, k, k, causal=True)
-    say(f"attention  {explanation}")
+    say(f"attention  {explanation}".replace("\n", "\n" + " " * 9))
     if explanation.backend == "torch":
         say(
             "           so both trainings run the same kernel of torch, and what is compared is the way there;\n"
@@ -124,7 +124,7 @@ def _write(model: models.Transformer, prompt: str, count: int, seed: int) -> Non
     say(margin + printable(prompt).replace("\n", "\n" + margin), end="")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     started = time.perf_counter()
-    for byte in generate(model, prompt.encode(), count, seed):
+    for byte in generate(model, prompt.encode(errors="surrogateescape"), count, seed):
         say(printable(decoder.decode(bytes([byte]))).replace("\n", "\n" + margin), end="")
     seconds = time.perf_counter() - started
     say()

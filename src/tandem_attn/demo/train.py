@@ -16,6 +16,7 @@ from tandem_attn.demo.model import Shape, Transformer
 
 EVALUATIONS = 8  # of the held-out loss in a training, besides the one before it
 RECENT = 20  # steps in an average of training losses
+LEAST = 30  # steps of a training that has no time left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Recipe:
     """A model, how to train it, and how closely two trainings agree that differ in rounding alone.
 
     `apart` bounds the difference of the loss curves in nats per byte. It is wide, since training doubles a
-    difference again and again. `gradients` bounds the difference of the gradients at equal weights, relative
-    to their size. That is the sharper check: nothing has grown yet.
+    difference again and again until it saturates: for CPU at 0.035, seen with noise of 0.1 % in attention.
+    `gradients` bounds the difference of the gradients at equal weights, relative to their size. That is the
+    sharper check: nothing has grown yet.
     """
 
     shape: Shape
@@ -42,12 +44,13 @@ class Recipe:
         return self.batch * self.shape.context
 
 
-CPU = Recipe(Shape(4, 64, 4, 2, 16, 256), 4, 700, 6e-3, held_out=32, written=400, apart=0.05, gradients=1e-4)
+CPU = Recipe(Shape(4, 64, 4, 2, 16, 256), 4, 700, 6e-3, held_out=32, written=400, apart=0.1, gradients=1e-4)
 QUICK = Recipe(Shape(2, 32, 4, 2, 8, 64), 8, 60, 6e-3, held_out=32, written=60, apart=0.01, gradients=1e-4)
-# bfloat16 rounds 65,536 times more coarsely than float32
-GPU = Recipe(Shape(6, 384, 6, 2, 64, 1024), 8, 300, 1e-3, held_out=16, written=400, apart=0.1, gradients=0.05)
+# bfloat16 rounds 65,536 times more coarsely than float32. Sized without a run on a GPU; in bfloat16 on a CPU,
+# GPU_QUICK's gradients are 0.003 apart between the reference and torch's kernel (2026-11-25)
+GPU = Recipe(Shape(6, 384, 6, 2, 64, 1024), 8, 300, 1e-3, held_out=16, written=400, apart=0.1, gradients=0.02)
 GPU_QUICK = Recipe(
-    Shape(2, 128, 2, 1, 64, 128), 8, 60, 3e-3, held_out=16, written=60, apart=0.1, gradients=0.05
+    Shape(2, 128, 2, 1, 64, 128), 8, 60, 3e-3, held_out=16, written=60, apart=0.1, gradients=0.02
 )
 
 
@@ -94,7 +97,7 @@ def train(
     progress: Progress,
     until: float = math.inf,
 ) -> History:
-    """AdamW with warm-up and cosine decay on random windows; ends early at time.monotonic() == `until`.
+    """AdamW with warm-up and cosine decay on random windows; ends early if time.monotonic() passes `until`.
 
     Equal models and seeds see the same batches.
     """
@@ -117,7 +120,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        last = step == recipe.steps or time.monotonic() > until
+        last = step == recipe.steps or (step >= LEAST and time.monotonic() > until)
         if last or step % math.ceil(recipe.steps / EVALUATIONS) == 0:
             recent = torch.stack(losses[-RECENT:]).mean().item()  # waits for the device
             seconds += time.perf_counter() - started

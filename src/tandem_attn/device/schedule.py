@@ -57,7 +57,7 @@ def close_numbers(schedule, counter, t):
     With T tiles and P programs there are T draws: T - P that found a tile (none if T < P), and one in vain
     by each program that had one at all.
     """
-    if schedule.dynamic:
+    if schedule.dynamic:  # noqa: SIM102 (known at compile time, unlike the inner one)
         if t == gl.num_programs(0) + schedule.num_tiles() - 1:
             gl.store(counter, 0)
 
@@ -182,43 +182,9 @@ class VarlenTiles:
         u = t - before - gl.sum(gl.where(ends <= t, tiles, 0), 0)
         here = gl.sum(gl.where(b == index, tiles, 0), 0)
         num_m_blocks = gl.maximum(here // self.num_heads, 1)
+        u = gl.minimum(u, gl.maximum(here, 1) - 1)  # past the end: any tile will do
         m_block, head = tile_in_rows(u, self.num_heads, num_m_blocks, self.group)
         after = VarlenTiles(
             self.sequences, self.batch, self.num_heads, self.group, self.tile_rows, first, before
         )  # fmt: skip
         return found, m_block, head, index, after
-
-
-@policy(dynamic=False)
-class StaticTiles:
-    """Experiment: DenseTiles in a fixed zigzag."""
-
-    num_m_blocks: gl.tensor
-    num_heads: gl.tensor
-    num_rows: gl.tensor  # batch * num_heads
-    group: gl.tensor  # rows in a group
-
-    @gluon.jit
-    def create(sequences, batch, num_heads, group, tile_rows: gl.constexpr):
-        return StaticTiles(
-            (sequences.seqlen_q + tile_rows - 1) // tile_rows, num_heads, batch * num_heads, group
-        )
-
-    @gluon.jit
-    def num_tiles(self):
-        return self.num_rows * self.num_m_blocks
-
-    @gluon.jit
-    def tile(self, t):
-        P = gl.num_programs(0)
-        i = t // P
-        t = i * P + gl.program_id(0) + (i % 2) * (P - 1 - 2 * gl.program_id(0))
-        found = t < self.num_rows * self.num_m_blocks
-        g = t // (self.group * self.num_m_blocks)
-        u = t - g * (self.group * self.num_m_blocks)
-        size = max(min(self.group, self.num_rows - g * self.group), 1)
-        step = u // size
-        asc = ((self.num_rows - 1) // self.group - g) % 2
-        m_block = asc * step + (1 - asc) * (self.num_m_blocks - 1 - step)
-        row = g * self.group + u - step * size
-        return found, m_block, row % self.num_heads, row // self.num_heads, self

@@ -23,6 +23,7 @@ _SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
 SHARED_MEMORY = 227 * 1024  # what a Hopper block may use, bytes
+LONG = 4096  # from this many rows and keys on, the loop alone counts
 SHORT = 1024  # up to this many rows and keys, prologues and tails weigh more than the loop
 L2_FOR_KEYS = 32 * 2**20  # bytes of K and V that the heads worked on at a time should fit in
 
@@ -70,8 +71,9 @@ class ForwardConfig:
     lazy_rescale: bool = False  # scale O down only when the maximum has grown by 2**8
     rescale_first: bool = False  # scale O before the exponentials, not after
     pingpong: bool = True
-    named_k: bool = False
-    named_v: bool = False
+    named_release: bool = False  # stages go back by hardware barriers, not by mbarriers
+    ask: int = 4
+    look: int = 2
     skip: bool = False  # a consumer hands back unread the key blocks that none of its rows may see
 
     def __post_init__(self) -> None:
@@ -83,6 +85,12 @@ class ForwardConfig:
             raise ValueError(f"num_consumers={self.num_consumers}: 2 or 3")
         if self.v_chunks > 1 and self.o_parts != self.v_chunks:
             raise ValueError(f"o_parts={self.o_parts}: must be the {self.v_chunks} chunks of V")
+        if self.o_buffers > self.o_parts or self.o_parts % self.o_buffers:
+            raise ValueError(f"o_buffers={self.o_buffers}: must divide o_parts={self.o_parts}")
+        if self.skip and self.tile_m * (self.num_consumers - 1) > self.tile_n:
+            raise ValueError(f"skip: more than one block of {self.tile_n} keys could be skipped: {self}")
+        if self.named_release and self.num_stages != 2:
+            raise ValueError(f"named_release with {self.num_stages} stages: hardware barriers are for 2")
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
 
@@ -176,7 +184,7 @@ class ForwardConfig:
         tile = f"{self.num_consumers}x{self.tile_m} rows x {self.tile_n} keys"
         flags = [
             f
-            for f in ("q_in_registers", "lazy_rescale", "rescale_first", "pingpong", "skip")
+            for f in ("q_in_registers", "lazy_rescale", "rescale_first", "pingpong", "skip", "named_release")
             if getattr(self, f)
         ]
         policies = (c.__name__ for c in (self.Mask, self.Sequences, self.Schedule))
@@ -198,7 +206,10 @@ _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
         ("", dict(num_consumers=3, q_stages=2, rescale_first=True)),
     ],
     (96, 96): [("", dict(q_in_registers=True, o_parts=3, o_buffers=3))],
-    (128, 128): [("", dict(q_in_registers=True))],
+    (128, 128): [
+        ("causal long", dict(q_in_registers=True, named_release=True)),
+        ("", dict(q_in_registers=True)),
+    ],
     (192, 128): [("", dict(o_parts=2))],
     (192, 192): [("", dict(tile_n=64, o_parts=3, pingpong=False))],
     (256, 256): [
@@ -229,6 +240,8 @@ def forward_config(spec: AttentionSpec) -> ForwardConfig:
         mask = FullMask
     if max(spec.seqlen_q, spec.seqlen_k) <= SHORT:
         kinds = kinds | {"short"}
+    elif min(spec.seqlen_q, spec.seqlen_k) >= LONG:
+        kinds = kinds | {"long"}
     (head_dim, head_dim_v), choice = _tuned(spec.head_dim, spec.head_dim_v, kinds)
     tile_n = choice.get("tile_n", 128)
     if mask is FullMask and not spec.varlen and spec.seqlen_k % tile_n == 0:

@@ -23,6 +23,7 @@ LOG2E = math.log2(math.e)
 UNBOUNDED = 2**30  # a window side that no length reaches
 MAX_DESCRIPTOR_DIM = 0x7FFF0000
 MAX_CACHED_ADDRESSES = 4096
+MAX_TILES = 2**31 - 2**16  # programs look at numbers past the last tile
 backward = None  # until the backward kernels exist, gradients come from the reference
 
 
@@ -44,7 +45,7 @@ def reasons(spec: AttentionSpec) -> list[str]:
     if not spec.softmax_scale > 0.0:
         said.append(f"softmax_scale is {spec.softmax_scale}; the kernel's running maximum needs it positive")
     said += _layout_reasons(spec)
-    if _num_tiles_bound(spec, 128) >= 2**31 or max(spec.total_q, spec.total_k) > UNBOUNDED:
+    if _num_tiles_bound(spec, 128) >= MAX_TILES or max(spec.total_q, spec.total_k) >= UNBOUNDED:
         said.append(
             f"{spec.total_q} query rows and {spec.total_k} keys: more tiles or rows than 32 bits count"
         )
@@ -156,20 +157,16 @@ class ForwardPlan:
 
     def __init__(self, spec: AttentionSpec, config: ForwardConfig):
         self.spec, self.config = spec, config
-        rows = (spec.total_q,) if spec.varlen else (spec.batch, spec.seqlen_q)
-        self.out_shape = (*rows, spec.num_heads, spec.head_dim_v)
-        self.lse_shape = (
-            (spec.num_heads, spec.total_q) if spec.varlen else (spec.batch, spec.num_heads, spec.seqlen_q)
-        )
-        out_stride = tuple(math.prod(self.out_shape[i + 1 :]) for i in range(len(self.out_shape)))
-        self.out_is_like_q = tuple(spec.q_stride) == out_stride and spec.head_dim == spec.head_dim_v
-        shapes = [(shape, stride) for _, shape, stride in _operands(spec)] + [(self.out_shape, out_stride)]
+        out_stride = tuple(math.prod(spec.out_shape[i + 1 :]) for i in range(len(spec.out_shape)))
+        shapes = [(shape, stride) for _, shape, stride in _operands(spec)] + [(spec.out_shape, out_stride)]
         self.geometry = [descriptor_geometry(*s) for s in shapes]
         self.device_index = spec.device.index or 0
         programs = arch.num_multiprocessors(spec.device) - spec.sm_margin
         self.programs = max(1, min(programs, _num_tiles_bound(spec, config.tile_rows)))
         self.numbers = self._numbers()
         self.dynamic = config.Schedule.dynamic.value
+        self.out_like: torch.Tensor | None = None
+        self.lse_like: torch.Tensor | None = None
         self.launcher: KernelLauncher | None = None
         self.maps: dict[tuple[int, ...], list] = {}
 
@@ -214,9 +211,12 @@ class ForwardPlan:
         if torch._C._cuda_getDevice() != self.device_index:
             with torch.cuda.device(self.device_index):
                 return self(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-        # empty_like costs half of empty
-        out = torch.empty_like(q) if self.out_is_like_q else q.new_empty(self.out_shape)
-        lse = q.new_empty(self.lse_shape, dtype=torch.float32)
+        if self.out_like is None:
+            # one element spread over the shape: empty_like of it costs half of new_empty
+            self.out_like = q.new_empty(1).expand(self.spec.out_shape)
+            self.lse_like = q.new_empty(1, dtype=torch.float32).expand(self.spec.lse_shape)
+        out = torch.empty_like(self.out_like, memory_format=torch.contiguous_format)
+        lse = torch.empty_like(self.lse_like, memory_format=torch.contiguous_format)
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         counter = _tile_counter(self.spec.device, stream) if self.dynamic else None
         pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, counter)

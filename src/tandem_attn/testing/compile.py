@@ -31,7 +31,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from tandem_attn.kernels.config import ForwardConfig
 from tandem_attn.kernels.forward import attention_forward
 from tandem_attn.kernels.launch import forward_boxes
-from tandem_attn.testing.sass import Loop, tight_loops
+from tandem_attn.testing.sass import Loop, register_use, tight_loops
 from tandem_attn.testing.shipped import variants
 
 KEYED_BY = (
@@ -49,6 +49,7 @@ class Report:
     seconds: float  # of one core
     spill_bytes: int  # loads and stores of registers that did not fit, anywhere
     registers: int
+    register_use: dict[int, int]  # limit set by setmaxnreg: registers used under it
     warnings: tuple[str, ...]  # C75xx: serialised wgmma, ignored setmaxnreg
     shared_memory: int  # bytes
     tight_loops: list[Loop]
@@ -60,8 +61,9 @@ class Report:
     def from_json(cls, fields: dict) -> Report:
         """The inverse of vars() and JSON."""
         loops = [Loop(loop) for loop in fields["tight_loops"]]
+        use = {int(limit): used for limit, used in fields["register_use"].items()}
         rest = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return cls(**{**rest, "tight_loops": loops})
+        return cls(**{**rest, "tight_loops": loops, "register_use": use})
 
 
 def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str]:
@@ -110,14 +112,15 @@ def report(config: ForwardConfig, seqused: str = "") -> Report:
     log = io.StringIO()
     with _always_compile(), contextlib.redirect_stdout(log):
         kernel = compile_forward(config, seqused)
-    said, ptx = log.getvalue(), kernel.asm["ptx"]
+    said, ptx, sass = log.getvalue(), kernel.asm["ptx"], disassembled(kernel.asm["cubin"])
     return Report(
         seconds=round(sum(os.times()[:4]) - start, 2),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said))),
         registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
+        register_use=register_use(sass, config.maxnreg),
         warnings=tuple(line.strip() for line in said.splitlines() if "C75" in line),
         shared_memory=kernel.metadata.shared,
-        tight_loops=tight_loops(disassembled(kernel.asm["cubin"])),
+        tight_loops=tight_loops(sass),
         named_barriers=named_barriers(ptx),
         unfenced_stores=unfenced_stores(ptx),
         setmaxnreg=tuple(sorted({int(n) for n in re.findall(r"setmaxnreg\S*\s+(\d+)", ptx)})),

@@ -108,7 +108,8 @@ class Inputs:
 
     @property
     def scale(self) -> float:
-        return self.kwargs.get("softmax_scale") or self.q.shape[-1] ** -0.5
+        scale = self.kwargs.get("softmax_scale")
+        return self.q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def make(case: Case, device="cpu", seed: int = 0, values: str = "normal", poison: bool = False) -> Inputs:

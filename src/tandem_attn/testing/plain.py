@@ -206,11 +206,15 @@ class Language:
     def max(self, x, axis):
         return array(np.max(x, axis))
 
-    def exp2(self, x):
-        return array(np.exp2(x))
+    def fma(self, x, y, z):
+        return array(x * y + z)
 
-    def log(self, x):
-        return array(np.log(x))
+    def __getattr__(self, name: str):
+        """exp2, log2, abs, ...: what is not here means what it means in numpy."""
+        function = getattr(np, name, None)
+        if not isinstance(function, np.ufunc):
+            raise AttributeError(f"testing/plain.py does not know what gl.{name} does")
+        return lambda *args: array(function(*args))
 
     def expand_dims(self, x, axis):
         return array(np.expand_dims(x, axis))

@@ -55,6 +55,47 @@ def tight_loops(sass: str) -> list[Loop]:
     return [Loop.of([text for b in sorted(part) for text in blocks[b]]) for part in sorted(found, key=min)]
 
 
+def register_use(sass: str, at_start: int) -> dict[int, int]:
+    """For each limit that setmaxnreg sets (`at_start` before the first): how many registers code under it uses.
+
+    A warp that goes past its limit corrupts the registers of others.
+    """
+    blocks, edges = control_flow(sass)
+    limits: dict[int, set[int]] = {b: set() for b in edges}
+    limits[0] = {at_start}
+    waiting = [0]
+    while waiting:
+        b = waiting.pop()
+        after = [n for text in blocks[b] if (n := _limit(text))][-1:]
+        for c in edges[b]:
+            if not (set(after) or limits[b]) <= limits[c]:
+                limits[c] |= set(after) or limits[b]
+                waiting.append(c)
+    used = dict.fromkeys(set().union(*limits.values()), 0)
+    for b, code in enumerate(blocks):
+        current = limits[b]
+        for text in code:
+            for limit in current:
+                used[limit] = max(used[limit], _highest(text) + 1)
+            current = {n} if (n := _limit(text)) else current
+    return used
+
+
+def _limit(text: str) -> int | None:
+    """The number of registers that this instruction asks for, if it is a setmaxnreg."""
+    found = re.search(r"USETMAXREG\S* (?:UP\d+, )?(0x[0-9a-f]+)", text)
+    return int(found.group(1), 16) if found else None
+
+
+def _highest(text: str) -> int:
+    """The highest register that the instruction names or, with a wide operand, reaches."""
+    registers = [int(n) for n in re.findall(r"\bR(\d+)\b", text)]
+    if not registers:
+        return -1
+    wide = 3 if ".128" in text else 1 if re.search(r"\.64\b", text.split(" ")[0]) else 0
+    return max(max(registers), registers[0] + wide)
+
+
 def control_flow(sass: str) -> tuple[list[list[str]], dict[int, set[int]]]:
     """Basic blocks (lists of instructions) and which block may follow which."""
     blocks: list[list[str]] = [[]]

@@ -11,7 +11,7 @@ import itertools
 
 import torch
 
-from tandem_attn.device.mask import CausalMask, FullMask, WindowMask
+from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import ForwardConfig, forward_config
 from tandem_attn.spec import AttentionSpec, Window
@@ -104,19 +104,28 @@ def configs(dtype: torch.dtype = torch.bfloat16, softcap: float = 0.0) -> list[F
 def variants() -> list[Variant]:
     """What the tests compile: everything in bf16; fp16, softcap and used lengths where they could differ.
 
-    fp16 changes two instructions (the rounding of P, the type of wgmma): one mask of every head shape, and
-    all masks of 128. Softcap adds to the scores of any mask: the causal and window kernels of every shape.
-    Used lengths change two loads of VarlenTiles: once each.
+    fp16 changes two instructions (the rounding of P, the type of wgmma), softcap what happens to scores before
+    any mask: one mask of every head shape, and another of 128. Used lengths change two loads of VarlenTiles:
+    once each.
     """
     shipped = [Variant(c) for c in configs()]
-    for c in configs(torch.float16):
-        if (c.Mask, c.Sequences) == (CausalMask, Dense) or c.head_dim == c.head_dim_v == 128:
-            shipped.append(Variant(c))
-    for c in configs(softcap=30.0):
-        if (c.Mask, c.Sequences) in ((CausalMask, Dense), (WindowMask, Varlen)):
+    for c in configs(torch.float16) + configs(softcap=30.0):
+        extra = (NoMask, Dense) if c.element == "fp16" else (WindowMask, Varlen)
+        kind = c.Mask, c.Sequences
+        if kind == (CausalMask, Dense) or (kind == extra and c.head_dim == c.head_dim_v == 128):
             shipped.append(Variant(c))
     used = {FullMask: "qk", CausalMask: "q", WindowMask: "k"}
     for c in configs():
         if c.head_dim == c.head_dim_v == 128 and c.Sequences is Varlen:
             shipped.append(Variant(c, used[c.Mask]))
     return shipped
+
+
+def distinct_variants() -> list[Variant]:
+    """For a quicker look: bf16 without extras; of those that differ only in order and timing, the one
+    for long sequences."""
+    kept = {}
+    for c in configs():  # short lengths first
+        shape = (c.head_dim, c.head_dim_v, c.tile_n, c.num_consumers, c.q_in_registers)
+        kept[shape, c.Mask, c.Sequences] = Variant(c)
+    return list(kept.values())
