@@ -184,7 +184,7 @@ def check(problem: Problem, seed: int, mutations=None) -> None:
         np.testing.assert_allclose(actual, right, rtol=1e-9, atol=1e-9, err_msg=hint)
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(70))
 def test_kernel_is_right_whatever_happens_first(seed):
     check(make_problem(seed), seed)
 
@@ -194,7 +194,7 @@ def test_shipped_configurations_as_they_are(config):
     """Tiles of full size, a few of them, for each configuration that a question can get."""
     window = {CausalMask: Window(-1, 0), WindowMask: Window(100, 30)}.get(config.Mask, Window())
     varlen, dims = config.Sequences is Varlen, (config.head_dim - 8, config.head_dim_v)
-    seqlens = (300, 384 if config.Mask is NoMask else 440)
+    seqlens = (200, 256 if config.Mask is NoMask else 340)
     check(make_problem(0, config=config, varlen=varlen, window=window, dims=dims, seqlens=seqlens), 0)
 
 
@@ -203,7 +203,7 @@ def test_shipped_configurations_as_they_are(config):
 @pytest.mark.parametrize("pingpong", [False, True])
 def test_many_orders_of_events_of_one_causal_problem(consumers, skip, pingpong):
     """Tiles as tall as a key block and more, so that consumers skip; more tiles than programs."""
-    fixed = dict(varlen=False, causal=True, seqlens=(40, 40), tile_m=4, tile_n=8)
+    fixed = dict(varlen=False, causal=True, seqlens=(30, 30), tile_m=4, tile_n=8)
     problem = make_problem(3, **fixed, num_consumers=consumers, skip=skip, pingpong=pingpong)
     for seed in range(3):
         check(problem, seed)
@@ -236,6 +236,14 @@ FAULTS = {
         ),
         "    v.release(j, has_pv)\n    if rescale:": "    if rescale:",
     },
+    "named: V is handed back while P V is computed": {
+        "    waited = warpgroup_mma_wait(0, deps=started)\n": (
+            "    v.release(j, has_pv)\n    waited = warpgroup_mma_wait(0, deps=started)\n"
+        ),
+        "    v.release(j, has_pv)\n    if rescale:": "    if rescale:",
+    },
+    "named: nobody hands out the first stages": {"    shared.k.release_all()\n": ""},
+    "named: a stage is full before all have left it": {"128 * num_consumers + 32": "128 * (num_consumers - 1) + 32"},
     "one consumer's release counts for all": {"rs(num_stages, num_consumers)": "rs(num_stages, 1)"},
     "the last P V does not wait for V": {"        shared.v.wait(it - 1)\n": ""},
     "O is read by TMA without a fence": {"    fence_async_shared()\n": ""},
@@ -269,8 +277,7 @@ def test_faults_are_noticed(fault):
     fixed = dict(
         causal=True, pingpong="turn" in fault, skip=True, tile_m=4, tile_n=8, q_stages=1, seqlens=(60, 60)
     )
-    if "named_release" in FLAGS:  # the faults are those of mbarriers
-        fixed["named_release"] = False
+    fixed["named_release"] = fault.startswith("named:")
     for seed in range(60):
         problem = make_problem(seed, **fixed)
         try:

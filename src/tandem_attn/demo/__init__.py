@@ -11,8 +11,8 @@ from tandem_attn.bench import at_least_one
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `demo`."""
     parser.description = (
-        "Train a byte-level transformer whose attention is tandem_attn.flash_attn_func, let it write, and train "
-        "an identical copy with torch's scaled_dot_product_attention. Exit status 1 if the two disagree."
+        "Train a byte-level transformer whose attention is tandem_attn.flash_attn_func, let it write, and "
+        "train an identical copy with torch's scaled_dot_product_attention. Exit status 1 if they disagree."
     )
     parser.add_argument(
         "--text", metavar="FILE", help="learn this file (default: Python's language reference)"

@@ -98,7 +98,7 @@ def _introduce(model: models.Transformer, tokens: text.Text, recipe: train.Recip
     say(f"attention  {explanation}".replace("\n", "\n" + " " * 9))
     if explanation.backend == "torch":
         say(
-            "           so both trainings run the same kernel of torch, and what is compared is the way there;\n"
+            "           so both trainings run one kernel of torch, and what is compared is the way there;\n"
             "           with TANDEM_BACKEND=reference this package computes it all by itself, more slowly"
         )
 
@@ -109,8 +109,9 @@ def _train(
     with Progress(recipe.steps) as progress:
         history = train.train(model, tokens, recipe, seed, progress, until)
     steps = len(history.losses)
+    rate = steps * recipe.tokens / history.seconds
     say(
-        f"  {steps} steps in {history.seconds:.1f} s: {steps * recipe.tokens / history.seconds:,.0f} tokens/s; "
+        f"  {steps} steps in {history.seconds:.1f} s: {rate:,.0f} tokens/s; "
         f"loss in nats per byte {history.losses[0]:.3f} -> {history.recent:.3f}, "
         f"held out {history.held_out[0][1]:.3f} -> {history.held_out[-1][1]:.3f}"
     )
@@ -150,7 +151,8 @@ def _compare(ours: train.History, other: train.History, recipe: train.Recipe, gr
     say(
         f"  largest difference of the loss curves   {apart[worst]:.1e} nats at step {worst + 1} "
         f"(tolerance {recipe.apart:g}: rounding grows in training)\n"
-        f"  gradients at equal weights              {gradients:.1e} of their size (tolerance {recipe.gradients:g})\n"
+        f"  gradients at equal weights              {gradients:.1e} of their size "
+        f"(tolerance {recipe.gradients:g})\n"
         f"  {'the same: tandem_attn trains as torch does' if agree else 'NOT the same'}"
     )
     return agree

@@ -56,7 +56,7 @@ GPU_QUICK = Recipe(
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """A training: the loss of each step, (step, loss) on held-out text, and its duration without the latter."""
+    """A training: the loss of each step, (step, loss) on held-out text, and its duration without those."""
 
     losses: list[float]
     held_out: list[tuple[int, float]]

@@ -29,5 +29,6 @@ class Mailbox:
 
 @gluon.jit
 def make_mailbox(slots: gl.constexpr):
+    """A mailbox in shared memory."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     return Mailbox(gl.allocate_shared_memory(gl.int32, [slots * MAIL_FIELDS, 1], layout))

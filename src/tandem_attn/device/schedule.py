@@ -1,12 +1,12 @@
-"""Which tiles a program works on, and in which order. Only the producer asks; consumers get each tile by mail.
+"""Which tiles a program works on, and in which order. Only the producer asks; consumers get tiles by mail.
 
 Tiles are numbered 0, 1, 2, ... in the order in which they should start. A schedule has `create(...)`, and
 `tile(t)` that returns tile number t as (found, m_block, head, sequence id, schedule). Its integer methods use
 only + - * // % min on non-negative numbers, so tests call them on plain ints.
 
-A program's first number is its own; it then takes every num_programs-th (`dynamic=False`), or the next one that
-nobody has (`dynamic=True`): where tiles differ in cost, whoever is free first goes on. That needs a counter in
-global memory, zero before and after every launch.
+A program's first number is its own; it then takes every num_programs-th (`dynamic=False`), or the next one
+that nobody has (`dynamic=True`): where tiles differ in cost, whoever is free first goes on. That needs a
+counter in global memory, zero before and after every launch.
 """
 
 from tandem_attn.device.gluon import gl, gluon, policy

@@ -23,8 +23,8 @@ def thread_sum(p):
 def log_sum_exp(row_max, row_sum, scale_log2):
     """Natural log-sum-exp of scaled scores; -inf for a row that saw no key.
 
-    The fma is spelled out: the kernel holds this code twice, and if the compiler chose one contraction here and
-    another there, the last bit of a row would tell which copy it met.
+    The fma is spelled out: the kernel holds this code twice, and if the compiler chose one contraction here
+    and another there, the last bit of a row would tell which copy it met.
     """
     return gl.fma(row_max, scale_log2 * LN2, gl.log2(row_sum) * LN2)
 

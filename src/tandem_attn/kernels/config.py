@@ -72,8 +72,6 @@ class ForwardConfig:
     rescale_first: bool = False  # scale O before the exponentials, not after
     pingpong: bool = True
     named_release: bool = False  # stages go back by hardware barriers, not by mbarriers
-    ask: int = 4
-    look: int = 2
     skip: bool = False  # a consumer hands back unread the key blocks that none of its rows may see
 
     def __post_init__(self) -> None:

@@ -212,11 +212,11 @@ class ForwardPlan:
             with torch.cuda.device(self.device_index):
                 return self(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         if self.out_like is None:
-            # one element spread over the shape: empty_like of it costs half of new_empty
+            # one element spread over the shape: empty_like of it is contiguous and costs half of new_empty
             self.out_like = q.new_empty(1).expand(self.spec.out_shape)
             self.lse_like = q.new_empty(1, dtype=torch.float32).expand(self.spec.lse_shape)
-        out = torch.empty_like(self.out_like, memory_format=torch.contiguous_format)
-        lse = torch.empty_like(self.lse_like, memory_format=torch.contiguous_format)
+        out = torch.empty_like(self.out_like)
+        lse = torch.empty_like(self.lse_like)
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         counter = _tile_counter(self.spec.device, stream) if self.dynamic else None
         pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, counter)

@@ -327,8 +327,8 @@ def run_forward(plan: ForwardPlan, tensors, lengths: tuple, programs: int, seed:
     tensors: (storage of q, of k, of v), flat float64 arrays; lengths: (cu_seqlens_q, cu_seqlens_k, seqused_q,
     seqused_k), integer arrays or None. What no program writes stays NaN.
     """
-    out = np.full(math.prod(plan.out_shape), np.nan)
-    lse = np.full(math.prod(plan.lse_shape), np.nan)
+    out = np.full(math.prod(plan.spec.out_shape), np.nan)
+    lse = np.full(math.prod(plan.spec.lse_shape), np.nan)
     counter = np.zeros(1, np.int64)
     arguments = {
         name: Descriptor(storage, *geometry, box)
@@ -351,4 +351,4 @@ def run_forward(plan: ForwardPlan, tensors, lengths: tuple, programs: int, seed:
     with np.errstate(all="ignore"):
         machine.run()
     assert counter[0] == 0, "the next launch finds the tile counter not at zero"
-    return out.reshape(plan.out_shape), lse.reshape(plan.lse_shape), machine.garbage
+    return out.reshape(plan.spec.out_shape), lse.reshape(plan.spec.lse_shape), machine.garbage

@@ -56,7 +56,8 @@ def tight_loops(sass: str) -> list[Loop]:
 
 
 def register_use(sass: str, at_start: int) -> dict[int, int]:
-    """For each limit that setmaxnreg sets (`at_start` before the first): how many registers code under it uses.
+    """For each limit that setmaxnreg sets (`at_start` before the first): how many registers code under it
+    uses.
 
     A warp that goes past its limit corrupts the registers of others.
     """

@@ -104,9 +104,9 @@ def configs(dtype: torch.dtype = torch.bfloat16, softcap: float = 0.0) -> list[F
 def variants() -> list[Variant]:
     """What the tests compile: everything in bf16; fp16, softcap and used lengths where they could differ.
 
-    fp16 changes two instructions (the rounding of P, the type of wgmma), softcap what happens to scores before
-    any mask: one mask of every head shape, and another of 128. Used lengths change two loads of VarlenTiles:
-    once each.
+    fp16 changes two instructions (the rounding of P, the type of wgmma), softcap what happens to scores
+    before any mask: one mask of every head shape, and another of 128. Used lengths change two loads of
+    VarlenTiles: once each.
     """
     shipped = [Variant(c) for c in configs()]
     for c in configs(torch.float16) + configs(softcap=30.0):
