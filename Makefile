@@ -1,16 +1,15 @@
+# TORCH=... chooses another torch, TORCH= keeps the one that is there: see tools/setup.sh.
 # Two commands for everyone: `make demo` and `make test`. Each sets up what it needs in .venv on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build of torch where pip finds one; set TORCH= to keep a torch that is already there
-TORCH ?= torch==2.13.0
-
 .PHONY: demo test lint format wheel clean setup
 
 demo: setup
 	$(BIN)/tandem-attn demo
 
 test: setup
+	bash tools/triton_matrix.sh $(VENV)
 	$(BIN)/python -m pytest
 
 lint: setup

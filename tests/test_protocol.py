@@ -243,7 +243,7 @@ FAULTS = {
         "    v.release(j, has_pv)\n    if rescale:": "    if rescale:",
     },
     "named: nobody hands out the first stages": {"    shared.k.release_all()\n": ""},
-    "named: a stage is full before all have left it": {"128 * num_consumers + 32": "128 * (num_consumers - 1) + 32"},
+    "named: a stage is empty before all have left it": {"128 * num_consumers + 32": "128 * 1 + 32"},
     "one consumer's release counts for all": {"rs(num_stages, num_consumers)": "rs(num_stages, 1)"},
     "the last P V does not wait for V": {"        shared.v.wait(it - 1)\n": ""},
     "O is read by TMA without a fence": {"    fence_async_shared()\n": ""},

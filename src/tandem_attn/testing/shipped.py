@@ -126,6 +126,6 @@ def distinct_variants() -> list[Variant]:
     for long sequences."""
     kept = {}
     for c in configs():  # short lengths first
-        shape = (c.head_dim, c.head_dim_v, c.tile_n, c.num_consumers, c.q_in_registers)
+        shape = (c.head_dim, c.head_dim_v, c.tile_n, c.num_consumers, c.q_in_registers, c.named_release)
         kept[shape, c.Mask, c.Sequences] = Variant(c)
     return list(kept.values())
