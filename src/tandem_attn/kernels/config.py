@@ -193,25 +193,37 @@ class ForwardConfig:
         )
 
 
-# Tuned on an H200 (2026-11-22, notes of the prototype; re-measured for this library, see benchmarks/results).
-# One row per (head_dim, head_dim_v) and kind of problem; the first that fits is used. TFLOPS at 8k tokens.
+# One row per (head_dim, head_dim_v) and kind of problem; the first that fits is used, for float16 as for
+# bfloat16 (same instructions and bytes). Figures: TFLOPS in bf16 on an H200, 2026-11-25, full / causal unless
+# said, from benchmarks/results/forward-h200.json and, for 96 and 192, notes/2026-11-25-forward.md.
 _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
     (64, 64): [
-        # 192 rows waste too much of a short triangle
+        # 192 rows waste too much of a short triangle. 512 tokens: 266, 1k: 362
         ("causal short", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True)),
+        # 2k: 431, 8k: 549, 16k: 576; without skip 3% less
         ("causal", dict(num_consumers=3, q_stages=2, rescale_first=True, skip=True)),
+        # 512: 429, 1k: 466; rescale_first loses 4% at 512
         ("short", dict(num_consumers=3, q_stages=2)),
+        # 2k: 540, 8k: 598; window 1024 at 16k: 292 of the visible pairs
         ("", dict(num_consumers=3, q_stages=2, rescale_first=True)),
     ],
+    # 8k: 617 / 586
     (96, 96): [("", dict(q_in_registers=True, o_parts=3, o_buffers=3))],
     (128, 128): [
+        # 4k: 687, 8k: 727, 16k: 751; 1 to 1.6% less without named_release
         ("causal long", dict(q_in_registers=True, named_release=True)),
+        # 512: 584 / 359, 2k: 713 / 614, 8k: 740 full; packed, 2k on average: 677 / 612; window 1024 at 16k:
+        # 535 of the visible pairs
         ("", dict(q_in_registers=True)),
     ],
+    # 8k causal: 747
     (192, 128): [("", dict(o_parts=2))],
+    # 8k: 678 / 677
     (192, 192): [("", dict(tile_n=64, o_parts=3, pingpong=False))],
     (256, 256): [
+        # 512: 579 / 363, 1k: 687 / 519; ping-pong gains 2% here and loses up to 1% above
         ("short", dict(tile_n=64, o_parts=2, lazy_rescale=True)),
+        # 2k: 745 / 639, 8k: 789 / 769, 16k: 795 / 795
         ("", dict(tile_n=64, o_parts=2, lazy_rescale=True, pingpong=False)),
     ],
 }
