@@ -142,13 +142,13 @@ def test_nvidia_smi_is_asked_once_and_may_be_missing(monkeypatch):
         asked.append(command)
         return "580.159.03, 1980, 1980, 700.00, 31"
 
-    monkeypatch.setattr(environment, "_output", output)
+    monkeypatch.setattr(environment, "output_of", output)
     found = environment.smi("abc")
     assert found["driver"] == "580.159.03"
     assert (found["max_sm_clock_mhz"], found["power_limit_w"]) == (1980.0, 700.0)
     assert asked[0][1:3] == ["-i", "GPU-abc"]
     assert len(asked) == 1
-    monkeypatch.setattr(environment, "_output", lambda command: None)
+    monkeypatch.setattr(environment, "output_of", lambda command: None)
     assert environment.smi(None) == {}
 
 

@@ -123,7 +123,7 @@ def _triton() -> dict:
 
 def _cuda() -> dict:
     facts: dict = {"driver": _driver(), "devices": []}
-    listed = _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    listed = output_of(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
     try:
         import torch
 
@@ -165,7 +165,7 @@ def _ptxas() -> dict:
     if triton is not None and triton.origin:
         candidates.append(pathlib.Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "ptxas")
     for path in candidates:
-        answer = _output([str(path), "--version"])
+        answer = output_of([str(path), "--version"])
         release = re.search(r"release (\d+)\.(\d+)(?:, V([\d.]+))?", answer or "")
         if release is None:
             warnings.append(f"{path} does not run")
@@ -265,7 +265,7 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _output(command: list[str]) -> str | None:
+def output_of(command: list[str]) -> str | None:
     """What a command prints; None if it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

@@ -15,7 +15,7 @@ import torch
 
 from tandem_attn.bench import UserError
 from tandem_attn.testing import Case, Inputs, assert_within_budget
-from tandem_attn.testing.budget import LSE_BAND, explicit_mask
+from tandem_attn.testing.budget import LSE_BAND, attend_rows
 
 ROWS = 128  # of a sampled block
 
@@ -78,9 +78,8 @@ class Oracle:
         case, inputs = self.case, self.inputs
         q, k, v = _one(inputs, sequence, head, head // (case.heads // case.kv_heads))
         i = torch.arange(rows.start, rows.stop, device=q.device)
-        mask = explicit_mask(i, len(q), len(k), case.bounds)
-        exact = _attention(q[i].double(), k.double(), v.double(), mask, case, inputs.scale)
-        return Sample(sequence, head, rows, exact, _attention(q[i], k, v, mask, case, inputs.scale))
+        exact = attend_rows(i, q.double(), k.double(), v.double(), case, inputs.scale)
+        return Sample(sequence, head, rows, exact, attend_rows(i, q, k, v, case, inputs.scale))
 
     def _check_forms(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         form = self.inputs.q.shape
@@ -127,14 +126,3 @@ def _one(inputs: Inputs, sequence: int, head: int, kv_head: int) -> tuple[torch.
         rows, keys = inputs.slices[sequence]
         return inputs.q[rows, head], inputs.k[keys, kv_head], inputs.v[keys, kv_head]
     return inputs.q[sequence, :, head], inputs.k[sequence, :, kv_head], inputs.v[sequence, :, kv_head]
-
-
-def _attention(q, k, v, mask: torch.Tensor, case: Case, scale: float):
-    """Plain softmax attention of one head in the dtype of its inputs: out (rows, dv) and lse (rows)."""
-    scores = (q @ k.T) * scale
-    if case.softcap:
-        scores = case.softcap * torch.tanh(scores / case.softcap)
-    scores = scores.masked_fill(~mask, -math.inf)
-    lse = torch.logsumexp(scores.to(torch.promote_types(scores.dtype, torch.float32)), -1)
-    weights = torch.softmax(scores, -1).masked_fill(lse.isneginf()[:, None], 0.0)
-    return weights @ v, lse

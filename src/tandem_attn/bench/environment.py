@@ -9,12 +9,12 @@ import os
 import pathlib
 import platform
 import shlex
-import subprocess
 import sys
 
 import torch
 
 import tandem_attn
+from tandem_attn.doctor import output_of
 
 PACKAGE = pathlib.Path(tandem_attn.__file__).parent
 SMI_FIELDS = {
@@ -57,10 +57,10 @@ def source_digest() -> str:
 
 def git_state() -> dict:
     """Commit of the checkout that holds the package, and whether it was changed since."""
-    commit = _output(["git", "-C", str(PACKAGE), "rev-parse", "HEAD"])
+    commit = output_of(["git", "-C", str(PACKAGE), "rev-parse", "HEAD"])
     if commit is None:
         return {"commit": None, "dirty": None}
-    changes = _output(["git", "-C", str(PACKAGE), "status", "--porcelain", "--untracked-files=no"])
+    changes = output_of(["git", "-C", str(PACKAGE), "status", "--porcelain", "--untracked-files=no"])
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
@@ -82,7 +82,7 @@ def smi(uuid: object | None) -> dict:
     """Answers of nvidia-smi for one card; empty without it."""
     query = [f"--query-gpu={','.join(SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
     which = [] if uuid is None else ["-i", f"GPU-{uuid}"]
-    answer = _output(["nvidia-smi", *which, *query])
+    answer = output_of(["nvidia-smi", *which, *query])
     if not answer:
         return {}
     values = [value.strip() for value in answer.splitlines()[0].split(",")]
@@ -94,14 +94,6 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:  # 580.159.03, [N/A]
         return text
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _version_of(package: str) -> str | None:

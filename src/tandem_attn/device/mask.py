@@ -1,9 +1,9 @@
 """Which keys a query row may see: the range of key blocks to visit and the test of one element.
 
 A mask is a class with two jit methods. Kernels take the class as a constexpr, so a new mask is a class here,
-a row in `kernels/forward.py: MASKS` and nothing elsewhere. Block ranges use only + - * // min max on numbers
-made non-negative first (division truncates on the GPU and floors in Python), so tests call the same code on
-plain integers: `CausalMask.key_blocks.fn(mask, m_start, m_end, tile_n)`.
+its choice in `kernels/config.py: forward_config` and nothing elsewhere. Block ranges use only + - * // min
+max on numbers made non-negative first (division truncates on the GPU and floors in Python), so tests call the
+same code on plain integers: `CausalMask.key_blocks.fn(mask, m_start, m_end, tile_n)`.
 
 Key blocks are counted backwards, from the last one that any row of the tile may see. Of these, the first
 `right_edge` and those from `left_edge` on need the element test; the blocks between are seen whole by every

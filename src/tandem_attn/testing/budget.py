@@ -81,16 +81,22 @@ def _one_head(q, k, v, case: Case, scale: float, dtype: torch.dtype):
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out, lse = [], []
     for rows in torch.arange(len(q), device=q.device).split(max(1, MAX_SCORES // max(len(k), 1))):
-        scores = (q[rows] @ k.T) * scale
-        if case.softcap:
-            scores = case.softcap * torch.tanh(scores / case.softcap)
-        scores = scores.masked_fill(~explicit_mask(rows, len(q), len(k), case.bounds), -math.inf)
-        lse.append(torch.logsumexp(scores.to(torch.promote_types(dtype, torch.float32)), -1))
-        probabilities = torch.softmax(scores, -1).masked_fill(lse[-1].isneginf()[:, None], 0.0)
-        out.append(probabilities @ v)
+        for found, part in zip((out, lse), attend_rows(rows, q, k, v, case, scale), strict=True):
+            found.append(part)
     if not out:
         return v.new_zeros(0, v.shape[1]), v.new_zeros(0, dtype=torch.promote_types(dtype, torch.float32))
     return torch.cat(out), torch.cat(lse)
+
+
+def attend_rows(rows: torch.Tensor, q, k, v, case: Case, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out (len(rows), dv), lse) of some query rows of one head: plain softmax attention in q's dtype."""
+    scores = (q[rows] @ k.T) * scale
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    scores = scores.masked_fill(~explicit_mask(rows, len(q), len(k), case.bounds), -math.inf)
+    lse = torch.logsumexp(scores.to(torch.promote_types(q.dtype, torch.float32)), -1)
+    probabilities = torch.softmax(scores, -1).masked_fill(lse.isneginf()[:, None], 0.0)
+    return probabilities @ v, lse
 
 
 def rounding_band(exact: torch.Tensor, dtype: torch.dtype) -> float:
