@@ -187,7 +187,7 @@ def test_the_mask_chosen_means_the_window_asked_for(seqlens, window, varlen, sca
     config = forward_config(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arch, "num_multiprocessors", lambda device: 132)
-        left, right = ForwardPlan(spec, config).numbers[5:7]
+        left, right = ForwardPlan(spec, config).numbers[4:6]
     mask = getattr(plain, config.Mask.__name__)(seqlen_q, seqlen_k, left, right)
     asked = visible(WINDOW, seqlen_q, seqlen_k, *(UNBOUNDED if side < 0 else side for side in sides))
     whole_blocks = not varlen and seqlen_k % config.tile_n == 0

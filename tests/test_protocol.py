@@ -79,6 +79,7 @@ def make_config(dice, spec) -> ForwardConfig:
     tile_m, consumers = dice.choice((4, 8)), dice.choice((2, 3))
     flags = {flag: dice.random() < 0.5 for flag in FLAGS}
     flags["skip"] &= (consumers - 1) * tile_m <= tile_n
+    flags["opens_in_loop"] &= mask is not NoMask
     return ForwardConfig(
         element="bf16",
         head_dim=head_dim,
@@ -201,9 +202,10 @@ def test_shipped_configurations_as_they_are(config):
 @pytest.mark.parametrize("consumers", [2, 3])
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("pingpong", [False, True])
-def test_many_orders_of_events_of_one_causal_problem(consumers, skip, pingpong):
+@pytest.mark.parametrize("opens_in_loop", [False, True])
+def test_many_orders_of_events_of_one_causal_problem(consumers, skip, pingpong, opens_in_loop):
     """Tiles as tall as a key block and more, so that consumers skip; more tiles than programs."""
-    fixed = dict(varlen=False, causal=True, seqlens=(30, 30), tile_m=4, tile_n=8)
+    fixed = dict(varlen=False, causal=True, seqlens=(30, 30), tile_m=4, tile_n=8, opens_in_loop=opens_in_loop)
     problem = make_problem(3, **fixed, num_consumers=consumers, skip=skip, pingpong=pingpong)
     for seed in range(3):
         check(problem, seed)
@@ -264,9 +266,21 @@ FAULTS = {
     "nobody has the first turn": {"if c.pingpong and group == c.num_consumers - 1:": "if False:"},
     "blocks are miscounted": {"it += n_blocks\n        tile += 1\n        slot": "tile += 1\n        slot"},
     "the end is not told": {"        shared.mailbox.send(slot, 0, END_OF_TILES)\n": ""},
-    "O of the tile before is added up": {"before_blocks > 1": "True"},
+    "O of the tile before is added up": {"previous.blocks > 1": "True"},
     "the first O is added up": {"i > second, masked": "True, masked"},
-    "rows of the new tile get O of the old": {"        before_m_start = m_start\n": ""},
+    "rows of the new tile get O of the old": {
+        "Previous(sequence, head, m_start,": "Previous(sequence, head, previous.m_start,"
+    },
+    "opens: O of the tile before is scaled": {"gl.where(opens, 1.0, alpha)": "alpha"},
+    "opens: maximum and sum of the tile before stay": {
+        'gl.where(opens, float("-inf"), state.row_max)': "state.row_max",
+        "gl.where(opens, 0.0, state.row_sum)": "state.row_sum",
+    },
+    "opens: V of the wrong block": {"gl.where(opens, tile.it - 1, tile.it + i - 1)": "tile.it + i - 1"},
+    "opens: O leaves with every block": {"if opens & (previous.blocks > 0)": "if previous.blocks > 0"},
+    "opens: O of the tile before is added up": {
+        "gl.where(opens, previous.blocks > 1, i > first + 1)": "gl.where(opens, True, i > first + 1)"
+    },
     "O leaves in the wrong columns": {"i * c.o_width": "i * 8"},
 }  # fmt: skip
 
@@ -278,6 +292,7 @@ def test_faults_are_noticed(fault):
         causal=True, pingpong="turn" in fault, skip=True, tile_m=4, tile_n=8, q_stages=1, seqlens=(60, 60)
     )
     fixed["named_release"] = fault.startswith("named:")
+    fixed["opens_in_loop"] = fault.startswith("opens:")
     for seed in range(60):
         problem = make_problem(seed, **fixed)
         try:

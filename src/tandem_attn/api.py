@@ -7,7 +7,7 @@ import inspect
 import torch
 
 from tandem_attn import dispatch, ops
-from tandem_attn.spec import Lengths, Options, attention_spec, window_sides
+from tandem_attn.spec import NO_WINDOW, Lengths, Options, attention_spec, window_sides
 
 # In FlashAttention-3's signatures, not written yet; using one raises NotImplementedError with this reason.
 _NOT_YET = {
@@ -32,7 +32,7 @@ def flash_attn_func(
     q_descale: torch.Tensor | None = None,
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -71,7 +71,7 @@ def flash_attn_func(
     if attention_chunk != 0 or num_splits not in (0, 1) or pack_gqa:
         _refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
     left, right = window_sides(causal, window_size)
-    out, lse = ops.attention(q, k, v, None, Options(softmax_scale, left, right, softcap, sm_margin))
+    out, lse = ops.attention(q, k, v, None, (softmax_scale, left, right, softcap, sm_margin))
     return (out, lse) if return_attn_probs else out
 
 
@@ -91,7 +91,7 @@ def flash_attn_varlen_func(
     q_descale: torch.Tensor | None = None,
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -123,7 +123,7 @@ def flash_attn_varlen_func(
         _refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
     left, right = window_sides(causal, window_size)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
-    out, lse = ops.attention(q, k, v, lengths, Options(softmax_scale, left, right, softcap, sm_margin))
+    out, lse = ops.attention(q, k, v, lengths, (softmax_scale, left, right, softcap, sm_margin))
     return (out, lse) if return_attn_probs else out
 
 
@@ -134,7 +134,7 @@ def flash_attn_qkvpacked_func(
     q_descale: torch.Tensor | None = None,
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = NO_WINDOW,
     attention_chunk: int = 0,
     softcap: float = 0.0,
     deterministic: bool = False,
@@ -182,7 +182,8 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) 
     left, right = window_sides(given["causal"], given["window_size"])
     options = Options(given["softmax_scale"], left, right, given["softcap"], given["sm_margin"])
     lengths = Lengths(*(given[name] for name in Lengths._fields)) if varlen else None
-    q, k, v = ops.cast_for_autocast(q, k, v)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = ops.cast_for_autocast(q, k, v)
     return dispatch.explanation(attention_spec(q, k, v, lengths, options))
 
 

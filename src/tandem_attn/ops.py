@@ -39,9 +39,13 @@ _forward_plans: dict = {}  # key of a question: (plan, whether to look into the 
 _backward_plans: dict = {}  # AttentionSpec: plan
 
 
-def attention(q, k, v, lengths: Lengths | None, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of scaled dot-product attention; see `api` for the meaning of everything."""
-    q, k, v = cast_for_autocast(q, k, v)
+def attention(q, k, v, lengths: Lengths | None, options: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of scaled dot-product attention; see `api` for the meaning of everything.
+
+    `options`: the fields of `Options`, not yet looked at (a NamedTuple takes ten times as long to make).
+    """
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = cast_for_autocast(q, k, v)
     if not torch.compiler.is_compiling():
         if _is_plain(q, k, v):
             return _forward(q, k, v, lengths, options)
@@ -60,8 +64,6 @@ def clear_plans() -> None:
 def cast_for_autocast(q, k, v) -> tuple:
     """As scaled_dot_product_attention under autocast: inputs in its dtype, float64 left alone."""
     tensors = (q, k, v)
-    if not torch._C._is_any_autocast_enabled():
-        return tensors
     if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors):
         return tensors  # validation will say so
     if not torch.is_autocast_enabled(q.device.type):
@@ -96,7 +98,7 @@ def _refuse_tangents(*tensors) -> None:
             raise NotImplementedError(f"{name} is a forward-mode dual; supported: reverse-mode gradients")
 
 
-def _forward(q, k, v, lengths: Lengths | None, options: Options):
+def _forward(q, k, v, lengths: Lengths | None, options: tuple):
     """The whole eager path: find the plan of this question and run it."""
     key = _key(q, k, v, lengths, options)
     try:
@@ -113,9 +115,9 @@ def _forward(q, k, v, lengths: Lengths | None, options: Options):
     return plan(q, k, v, lengths[0], lengths[1], lengths[2], lengths[3])
 
 
-def _key(q, k, v, lengths: Lengths | None, options: Options) -> tuple | None:
+def _key(q, k, v, lengths: Lengths | None, options: tuple) -> tuple | None:
     """Everything a plan may depend on. Types too: True and 1.0 equal 1, but are not accepted where it is."""
-    scale, _, _, softcap, sm_margin = options
+    scale, left, right, softcap, sm_margin = options
     try:
         return (
             (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
@@ -135,9 +137,9 @@ def _lengths_key(lengths: Lengths) -> tuple:
     return (*facts, max_q, max_k, type(max_q), type(max_k))
 
 
-def _new_plan(key: tuple | None, q, k, v, lengths: Lengths | None, options: Options) -> tuple:
+def _new_plan(key: tuple | None, q, k, v, lengths: Lengths | None, options: tuple) -> tuple:
     """Validate, decide, log, remember."""
-    spec = attention_spec(q, k, v, lengths, options)
+    spec = attention_spec(q, k, v, lengths, Options(*options))
     looks_at_lengths = spec.varlen and (spec.device.type == "cpu" or os.environ.get("TANDEM_VALIDATE") == "1")
     plan = dispatch.backend_for(spec).forward(spec)
     if log.enabled():

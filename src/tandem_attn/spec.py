@@ -17,6 +17,7 @@ import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNLIMITED = -1
+NO_WINDOW = (UNLIMITED, UNLIMITED)
 _LARGEST = sys.float_info.max
 
 # SymInt and SymFloat stand for numbers while torch.compile and torch.export look at a call
@@ -183,6 +184,11 @@ def attention_spec(q, k, v, lengths: Lengths | None, options: Options) -> Attent
 
 def window_sides(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
     """(left, right) of the window that these two public arguments describe together."""
+    if window_size is NO_WINDOW:  # the default: nothing to look at
+        if causal is False:
+            return NO_WINDOW
+        if causal is True:
+            return UNLIMITED, 0
     try:
         left, right = window_size
     except (TypeError, ValueError):

@@ -15,9 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.core import base_value
 
 __all__ = [
     "aggregate",
+    "base_value",
     "fence_async_shared",
     "gl",
     "gluon",

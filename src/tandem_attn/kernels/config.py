@@ -73,6 +73,8 @@ class ForwardConfig:
     pingpong: bool = True
     named_release: bool = False  # stages go back by hardware barriers, not by mbarriers
     skip: bool = False  # a consumer hands back unread the key blocks that none of its rows may see
+    in_step: bool = False  # dense, dynamic: most tiles are given away beforehand, neighbours keep step
+    opens_in_loop: bool = False  # a tile's first block runs in the loop of its masked blocks: less code
 
     def __post_init__(self) -> None:
         if self.head_dim not in NATIVE_HEAD_DIMS or self.head_dim_v not in NATIVE_HEAD_DIMS:
@@ -87,6 +89,8 @@ class ForwardConfig:
             raise ValueError(f"o_buffers={self.o_buffers}: must divide o_parts={self.o_parts}")
         if self.skip and self.tile_m * (self.num_consumers - 1) > self.tile_n:
             raise ValueError(f"skip: more than one block of {self.tile_n} keys could be skipped: {self}")
+        if self.opens_in_loop and not self.Mask.masks.value:
+            raise ValueError(f"opens_in_loop: {self.Mask.__name__} has no loop of masked blocks")
         if self.named_release and self.num_stages != 2:
             raise ValueError(f"named_release with {self.num_stages} stages: hardware barriers are for 2")
         if self.shared_memory > SHARED_MEMORY:
@@ -180,11 +184,8 @@ class ForwardConfig:
 
     def __str__(self) -> str:
         tile = f"{self.num_consumers}x{self.tile_m} rows x {self.tile_n} keys"
-        flags = [
-            f
-            for f in ("q_in_registers", "lazy_rescale", "rescale_first", "pingpong", "skip", "named_release")
-            if getattr(self, f)
-        ]
+        fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
+        flags = [name for name in fields if getattr(self, name)]
         policies = (c.__name__ for c in (self.Mask, self.Sequences, self.Schedule))
         return (
             f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, {tile}, {self.num_stages} stages, "
@@ -199,9 +200,19 @@ class ForwardConfig:
 _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
     (64, 64): [
         # 192 rows waste too much of a short triangle. 512 tokens: 266, 1k: 362
-        ("causal short", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True)),
+        ("causal short", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True, in_step=True)),
         # 2k: 431, 8k: 549, 16k: 576; without skip 3% less
-        ("causal", dict(num_consumers=3, q_stages=2, rescale_first=True, skip=True)),
+        (
+            "causal",
+            dict(
+                num_consumers=3,
+                q_stages=2,
+                rescale_first=True,
+                skip=True,
+                in_step=True,
+                opens_in_loop=True,
+            ),
+        ),
         # 512: 429, 1k: 466; rescale_first loses 4% at 512
         ("short", dict(num_consumers=3, q_stages=2)),
         # 2k: 540, 8k: 598; window 1024 at 16k: 292 of the visible pairs

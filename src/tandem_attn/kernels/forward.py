@@ -16,8 +16,10 @@ runs. Why each of these is so, what it measured, and the budgets of registers an
 docs/kernels/forward.md.
 """
 
+from tandem_attn.device.division import divided
 from tandem_attn.device.gluon import (
     aggregate,
+    base_value,
     fence_async_shared,
     gl,
     gluon,
@@ -31,7 +33,7 @@ from tandem_attn.device.mailbox import END_OF_TILES, Mailbox, make_mailbox
 from tandem_attn.device.mask import apply_mask
 from tandem_attn.device.precision import pack_probabilities, unpack_operand
 from tandem_attn.device.ring import Ring, first_fill, load_tile, make_barriers, make_ring
-from tandem_attn.device.schedule import close_numbers, request_number, requested_number
+from tandem_attn.device.schedule import Rows, close_numbers, request_number, requested_number
 from tandem_attn.device.softmax import LAZY_STEP, log_sum_exp, pinned, rescaled, soft_capped, thread_sum
 from tandem_attn.device.turn import pass_turn, take_turn
 
@@ -41,7 +43,7 @@ class Problem:
     """What the caller asked for."""
 
     num_heads: gl.tensor
-    group_size: gl.tensor  # query heads per KV head
+    group_size_magic: gl.tensor  # for a division by the query heads per KV head
     total_q: gl.tensor  # rows of lse per head: seqlen_q, or all packed rows
     scale_log2: gl.tensor  # score (or capped score) to exponent of 2
     inner_scale: gl.tensor  # softmax_scale / softcap
@@ -78,6 +80,16 @@ class Tile:
     m_start: gl.tensor  # first row
     n_end: gl.tensor  # the last block of keys is n_end - 1
     it: gl.tensor  # number of the ring fill of block 0
+
+
+@aggregate
+class Previous:
+    """The tile before: its last P V and its epilogue are part of this one."""
+
+    sequence: base_value  # DenseSequence or PackedSequence
+    head: gl.tensor
+    m_start: gl.tensor
+    blocks: gl.tensor  # of keys; 0: there is none
 
 
 @aggregate
@@ -130,16 +142,17 @@ def _finish_output(started, v: Ring, j, alpha, has_pv, rescale: gl.constexpr, la
 
 @gluon.jit
 def _step(problem, shared, group: gl.constexpr, tile, q, state, i, before, use_acc, masked: gl.constexpr,
-          first: gl.constexpr):  # fmt: skip
+          kind: gl.constexpr, opens=True):  # fmt: skip
     """Key block i: its scores and P V of the block before (ring fill `before`) in flight together, then its
     softmax. Returns the next state.
 
-    `first` of a tile: maximum and sum in `state` are fresh, o and p are those of the tile before (if there
-    was one), whose finished O the next state holds unscaled.
+    `kind`: the "first" block of its tile, a "later" one, or "either", as `opens` then says. At the first,
+    maximum and sum in `state` are fresh, o and p are those of the tile before (if there was one), whose
+    finished O the next state holds unscaled.
     """
     c: gl.constexpr = problem.config.static
     j = tile.it + i
-    has_pv = before >= first_fill(c.num_stages) if first else True
+    has_pv = True if kind == "later" else before >= first_fill(c.num_stages)
     p = unpack_operand(state.p, c.dtype, c.o_accumulator)
     shared.k.wait(j)
     if c.pingpong:
@@ -156,7 +169,7 @@ def _step(problem, shared, group: gl.constexpr, tile, q, state, i, before, use_a
     if masked:
         s = apply_mask(problem.mask(tile), s, tile.m_start, (tile.n_end - 1 - i) * c.tile_n)
     row_max = gl.maximum(state.row_max, gl.max(s, 1))
-    if c.lazy_rescale and not first:
+    if c.lazy_rescale and kind != "first":
         row_max = gl.where(row_max > state.row_max + problem.lazy_step, row_max, state.row_max)
     offset = row_max * problem.scale_log2
     if masked:
@@ -164,13 +177,15 @@ def _step(problem, shared, group: gl.constexpr, tile, q, state, i, before, use_a
     alpha = gl.exp2(state.row_max * problem.scale_log2 - offset)
     if c.rescale_first:
         alpha = pinned(alpha)
-        o = _finish_output(o_started, shared.v, before, alpha, has_pv, not first, c.lazy_rescale)
+        factor = gl.where(opens, 1.0, alpha) if kind == "either" else alpha
+        o = _finish_output(o_started, shared.v, before, factor, has_pv, kind != "first", c.lazy_rescale)
     probabilities = gl.exp2(s * problem.scale_log2 - gl.expand_dims(offset, 1))
     old_sum: gl.constexpr = gl.SliceLayout(1, state.row_sum.type.layout)
     row_sum = state.row_sum * gl.expand_dims(gl.convert_layout(alpha, old_sum, assert_trivial=True), 1)
     row_sum = row_sum + thread_sum(probabilities)
     if not c.rescale_first:
-        o = _finish_output(o_started, shared.v, before, alpha, has_pv, not first, c.lazy_rescale)
+        factor = gl.where(opens, 1.0, alpha) if kind == "either" else alpha
+        o = _finish_output(o_started, shared.v, before, factor, has_pv, kind != "first", c.lazy_rescale)
     return State(o, pack_probabilities(probabilities, c.dtype), row_max, row_sum)
 
 
@@ -178,48 +193,85 @@ def _step(problem, shared, group: gl.constexpr, tile, q, state, i, before, use_a
 def _blocks(problem, shared, group: gl.constexpr, tile, q, state, begin, end, second, masked: gl.constexpr):
     """Key blocks begin to end - 1 of a tile, none of them its first; `second` is the one after the first."""
     for i in range(begin, end):
-        state = _step(problem, shared, group, tile, q, state, i, tile.it + i - 1, i > second, masked, False)
+        state = _step(problem, shared, group, tile, q, state, i, tile.it + i - 1, i > second, masked, "later")
     return state
 
 
 @gluon.jit
-def _store_part(problem, shared, group: gl.constexpr, i: gl.constexpr, part, desc, sequence, head, m_start):
+def _store_part(problem, shared, group: gl.constexpr, i: gl.constexpr, part, desc, tile):
     """Column part i of O to shared memory and on to global memory, not waited for."""
     c: gl.constexpr = problem.config.static
     tma_store_wait(c.o_buffers - 1)
     smem = shared.o.index(group * c.o_buffers + i % c.o_buffers)
     smem.store(part)
     fence_async_shared()
-    tma_store(desc, sequence.coords("q", head, m_start, i * c.o_width), smem.reshape(desc.block_type.shape))
+    tma_store(
+        desc,
+        tile.sequence.coords("q", tile.head, tile.m_start, i * c.o_width),
+        smem.reshape(desc.block_type.shape),
+    )
 
 
 @gluon.jit
-def _epilogue(
-    problem, shared, group: gl.constexpr, o, row_max, row_sum, sequence, head, m_start, o_desc, lse_ptr
-):
-    """Finished rows: lse, O divided by the row sums, O rounded and sent off."""
+def _epilogue(problem, shared, group: gl.constexpr, o, state, tile, o_desc, lse_ptr):
+    """Finished rows of a `Previous` tile: lse, O divided by the row sums, O rounded and sent off."""
     c: gl.constexpr = problem.config.static
     row: gl.constexpr = gl.SliceLayout(1, c.o_accumulator)
-    total = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
-    lse = log_sum_exp(gl.convert_layout(row_max, row, assert_trivial=True), total, problem.scale_log2)
-    rows = m_start + gl.arange(0, c.tile_m, row)
-    lse_row = sequence.lse_row(head, problem.num_heads, problem.total_q)
-    gl.store(lse_ptr + lse_row + rows, lse, mask=rows < sequence.seqlen_q)
+    total = gl.convert_layout(gl.sum(state.row_sum, 1), row, assert_trivial=True)
+    lse = log_sum_exp(gl.convert_layout(state.row_max, row, assert_trivial=True), total, problem.scale_log2)
+    rows = tile.m_start + gl.arange(0, c.tile_m, row)
+    lse_row = tile.sequence.lse_row(tile.head, problem.num_heads, problem.total_q)
+    gl.store(lse_ptr + lse_row + rows, lse, mask=rows < tile.sequence.seqlen_q)
     factor = 1.0 / total
     if c.Mask.masks:
         factor = gl.where(total == 0.0, 0.0, factor)  # no key at all: O is zero
     factor = gl.expand_dims(factor, 1)
     if c.v_chunks == c.o_parts:
         for i in gl.static_range(c.o_parts):
-            _store_part(
-                problem, shared, group, i, (o[i] * factor).to(c.dtype), o_desc, sequence, head, m_start
-            )
+            _store_part(problem, shared, group, i, (o[i] * factor).to(c.dtype), o_desc, tile)
     else:
         left, right = gl.split(
             (o[0] * factor).to(c.dtype).reshape([c.tile_m, 2, c.o_width]).permute((0, 2, 1))
         )
-        _store_part(problem, shared, group, 0, left, o_desc, sequence, head, m_start)
-        _store_part(problem, shared, group, 1, right, o_desc, sequence, head, m_start)
+        _store_part(problem, shared, group, 0, left, o_desc, tile)
+        _store_part(problem, shared, group, 1, right, o_desc, tile)
+
+
+@gluon.jit
+def _first_block(problem, shared, group: gl.constexpr, tile, q, state, first, previous, o_desc, lse_ptr):
+    """Block `first` of a tile, the first that this consumer does not skip, and the end of the tile before."""
+    c: gl.constexpr = problem.config.static
+    row_max = gl.full_like(state.row_max, float("-inf"))
+    fresh = State(state.o, state.p, row_max, gl.zeros_like(state.row_sum))
+    masked: gl.constexpr = c.Mask.masks
+    use_acc = previous.blocks > 1
+    after = _step(problem, shared, group, tile, q, fresh, first, tile.it - 1, use_acc, masked, "first")
+    if previous.blocks > 0:
+        _epilogue(problem, shared, group, after.o, state, previous, o_desc, lse_ptr)
+    return after
+
+
+@gluon.jit
+def _first_blocks(
+    problem, shared, group: gl.constexpr, tile, q, state, first, end, previous, o_desc, lse_ptr
+):
+    """_first_block and the other masked blocks before `end` in one loop.
+
+    Slower by what `opens` decides, but a third less code: that of three consumers does not fit in the
+    instruction cache (10% of its requests missed at head_dim 64, causal; H200, 2026-11-25).
+    """
+    for i in range(first, end):
+        opens = i == first
+        row_max = gl.where(opens, float("-inf"), state.row_max)
+        row_sum = gl.where(opens, 0.0, state.row_sum)
+        fill = gl.where(opens, tile.it - 1, tile.it + i - 1)
+        use_acc = gl.where(opens, previous.blocks > 1, i > first + 1)
+        after = _step(problem, shared, group, tile, q, State(state.o, state.p, row_max, row_sum), i, fill,
+                      use_acc, True, "either", opens)  # fmt: skip
+        if opens & (previous.blocks > 0):
+            _epilogue(problem, shared, group, after.o, state, previous, o_desc, lse_ptr)
+        state = after
+    return state
 
 
 @gluon.jit
@@ -312,13 +364,13 @@ def _producer(problem, shared, sequences, schedule, counter, q_desc, k_desc, v_d
         n_end, n_blocks, right_edge, left_edge = problem.mask(sequence).key_blocks(
             m_start, m_start + c.tile_rows, c.tile_n
         )
-        kv_head = head // problem.group_size
+        kv_head = divided(head, problem.group_size_magic)
         ask = gl.maximum(n_blocks - 2, 0)
         look = n_blocks - 1
         _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, 0, ask, n_end)
-        ticket = request_number(schedule, counter)
+        ticket = request_number(schedule, counter, tile + 1)
         _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, ask, look, n_end)
-        t = requested_number(schedule, ticket, t)
+        t = requested_number(schedule, ticket, tile + 1)
         found, m_block, head, row, schedule = schedule.tile(t)
         _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, look, n_blocks, n_end)
         it += n_blocks
@@ -343,10 +395,8 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
     tile = 0
     mbarrier.wait(shared.q_full.index(group), 0)
     m_tile = shared.mailbox.receive(group, 0)
-    before_head = shared.mailbox.receive(group, 1)  # of the tile before, as all of `before_...`
-    before_sequence = sequences.receive(shared.mailbox, group)
-    before_m_start = m_tile
-    before_blocks = 0
+    head = shared.mailbox.receive(group, 1)
+    previous = Previous(sequences.receive(shared.mailbox, group), head, m_tile, tile)
     while m_tile >= 0:
         slot = tile % c.q_stages * c.num_consumers + group
         head = shared.mailbox.receive(slot, 1)
@@ -365,70 +415,64 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
             first = _skipped_blocks(problem, shared, group, mask, it, n_blocks, n_end, m_start)
 
         of = Tile(sequence.seqlen_q, sequence.seqlen_k, m_start, n_end, it)
-        fresh = State(
-            state.o, state.p, gl.full_like(state.row_max, float("-inf")), gl.zeros_like(state.row_sum)
-        )
-        started = _step(
-            problem, shared, group, of, q, fresh, first, it - 1, before_blocks > 1, c.Mask.masks, True
-        )
-        if tile > 0:
-            _epilogue(problem, shared, group, started.o, state.row_max, state.row_sum, before_sequence,
-                      before_head, before_m_start, o_desc, lse_ptr)  # fmt: skip
-        state = started
         second = first + 1
+        whole = second
         if c.Mask.masks:
-            state = _blocks(problem, shared, group, of, q, state, second, right_edge, second, True)
             whole = gl.maximum(right_edge, second)
+        if c.opens_in_loop:
+            state = _first_blocks(
+                problem, shared, group, of, q, state, first, whole, previous, o_desc, lse_ptr
+            )
         else:
-            whole = second
+            state = _first_block(problem, shared, group, of, q, state, first, previous, o_desc, lse_ptr)
+            if c.Mask.masks:
+                state = _blocks(problem, shared, group, of, q, state, second, right_edge, second, True)
         state = _blocks(problem, shared, group, of, q, state, whole, left_edge, second, False)
         if c.Mask.has_left_edge:
             begin = gl.maximum(left_edge, whole)
             state = _blocks(problem, shared, group, of, q, state, begin, n_blocks, second, True)
         if not c.q_in_registers:
             mbarrier.arrive(shared.q_empty.index(slot), count=1)
-        before_m_start = m_start
-        before_head = head
-        before_sequence = sequence
-        before_blocks = n_blocks - first
+        previous = Previous(sequence, head, m_start, n_blocks - first)
         it += n_blocks
         tile += 1
         slot = tile % c.q_stages * c.num_consumers + group
         mbarrier.wait(shared.q_full.index(slot), tile // c.q_stages & 1)
         m_tile = shared.mailbox.receive(slot, 0)
-    if tile > 0:
+    if previous.blocks > 0:
         shared.v.wait(it - 1)
         p = unpack_operand(state.p, c.dtype, c.o_accumulator)
-        started = _start_output(p, shared.v, it - 1, state.o, before_blocks > 1)
+        started = _start_output(p, shared.v, it - 1, state.o, previous.blocks > 1)
         o = warpgroup_mma_wait(0, deps=started)
         if c.v_chunks == 1:
             o = (o,)
-        _epilogue(problem, shared, group, o, state.row_max, state.row_sum, before_sequence, before_head,
-                  before_m_start, o_desc, lse_ptr)  # fmt: skip
+        _epilogue(problem, shared, group, o, state, previous, o_desc, lse_ptr)
         tma_store_wait(0)
 
 
 # nothing about lengths, heads or alignment makes another kernel
 @gluon.jit(
     do_not_specialize=[
-        *("batch", "num_heads", "num_kv_heads", "seqlen_q", "seqlen_k"),
-        *("window_left", "window_right", "group"),
+        *("batch", "num_heads", "seqlen_q", "seqlen_k", "window_left", "window_right", "group"),
+        *("static_rounds", "heads_magic", "group_size_magic", "group_magic", "last_magic", "tiles_magic"),
     ],
     do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"],
 )
 def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q,
-                      seqused_k, counter, batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, window_left,
-                      window_right, group, scale_log2, inner_scale, config: gl.constexpr):  # fmt: skip
+                      seqused_k, counter, batch, num_heads, seqlen_q, seqlen_k, window_left, window_right,
+                      group, static_rounds, heads_magic, group_size_magic, group_magic, last_magic,
+                      tiles_magic, scale_log2, inner_scale, config: gl.constexpr):  # fmt: skip
     """seqlen_q, seqlen_k: lengths, or total packed rows; cu_seqlens and seqused: None where there are none;
     counter: int32 0 for a dynamic schedule, else None; group: heads that a schedule keeps together for L2."""
     c: gl.constexpr = config.static
     q_slots: gl.constexpr = c.q_stages * c.num_consumers
     k_barriers: gl.constexpr = 11 if c.named_release else 0
     v_barriers: gl.constexpr = 13 if c.named_release else 0
-    problem = Problem(num_heads, num_heads // num_kv_heads, seqlen_q, scale_log2, inner_scale,
+    problem = Problem(num_heads, group_size_magic, seqlen_q, scale_log2, inner_scale,
                       LAZY_STEP / scale_log2, window_left, window_right, config)  # fmt: skip
     sequences = c.Sequences.create(seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    schedule = c.Schedule.create(sequences, batch, num_heads, group, c.tile_rows)
+    rows = Rows(num_heads, heads_magic, group, group_magic, last_magic, tiles_magic)
+    schedule = c.Schedule.create(sequences, batch, rows, static_rounds, c.tile_rows)
     shared = Shared(
         gl.allocate_shared_memory(c.dtype, [q_slots * c.qk_chunks, c.tile_m, c.qk_width], c.q_layout),
         make_barriers(q_slots, 1),

@@ -12,7 +12,9 @@ import math
 import torch
 
 from tandem_attn import arch
+from tandem_attn.device.division import division_magic
 from tandem_attn.device.sequence import RAGGED_END
+from tandem_attn.kernels.balance import rounds_in_step, tile_costs
 from tandem_attn.kernels.config import ELEMENTS, L2_FOR_KEYS, ForwardConfig, forward_config
 from tandem_attn.kernels.forward import attention_forward
 from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
@@ -135,10 +137,10 @@ def descriptor_geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> tupl
     )
 
 
-_tile_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+_tile_counters: dict[int, dict[int, torch.Tensor]] = {}  # by device index and stream
 
 
-def _tile_counter(device: torch.device, stream: int) -> torch.Tensor:
+def _tile_counter(device: torch.device, counters: dict[int, torch.Tensor], stream: int) -> torch.Tensor:
     """The int32 zero from which programs on this stream draw tile numbers; every launch leaves it zero.
 
     Launches on one stream do not overlap, so they share it. A captured graph may be replayed on any stream:
@@ -146,9 +148,9 @@ def _tile_counter(device: torch.device, stream: int) -> torch.Tensor:
     """
     if torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    counter = _tile_counters.get((device, stream))
+    counter = counters.get(stream)
     if counter is None:
-        counter = _tile_counters[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+        counter = counters[stream] = torch.zeros(1, dtype=torch.int32, device=device)
     return counter
 
 
@@ -165,6 +167,7 @@ class ForwardPlan:
         self.programs = max(1, min(programs, _num_tiles_bound(spec, config.tile_rows)))
         self.numbers = self._numbers()
         self.dynamic = config.Schedule.dynamic.value
+        self.counters = _tile_counters.setdefault(self.device_index, {})
         self.out_like: torch.Tensor | None = None
         self.lse_like: torch.Tensor | None = None
         self.launcher: KernelLauncher | None = None
@@ -176,9 +179,13 @@ class ForwardPlan:
         left, right = (
             UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in (spec.window.left, spec.window.right)
         )
-        bytes_per_head = 2 * max(spec.seqlen_k, 1) * (spec.head_dim + spec.head_dim_v)
-        group = spec.group_size * max(1, L2_FOR_KEYS // bytes_per_head)
         rows = spec.num_heads if spec.varlen else spec.batch * spec.num_heads
+        group = 1
+        if self.config.Schedule.grouped.value:
+            bytes_per_head = 2 * max(spec.seqlen_k, 1) * (spec.head_dim + spec.head_dim_v)
+            group = min(spec.group_size * max(1, L2_FOR_KEYS // bytes_per_head), rows)
+        m_blocks = -(-spec.seqlen_q // self.config.tile_rows)
+        divisors = (spec.num_heads, spec.group_size, group, rows % group or group, group * m_blocks)
         seqlens = (spec.total_q, spec.total_k) if spec.varlen else (spec.seqlen_q, spec.seqlen_k)
         if spec.softcap > 0.0:
             scales = (spec.softcap * LOG2E, spec.softmax_scale / spec.softcap)
@@ -187,13 +194,23 @@ class ForwardPlan:
         return (
             spec.batch,
             spec.num_heads,
-            spec.num_kv_heads,
             *seqlens,
             left,
             right,
-            min(group, rows),
+            group,
+            self._static_rounds(group, (left, right)),
+            *map(division_magic, divisors),
             *scales,
         )
+
+    def _static_rounds(self, group: int, window: tuple[int, int]) -> int:
+        """Rounds of tiles that programs take without drawing: see device/schedule.py."""
+        spec, config = self.spec, self.config
+        if spec.varlen or not config.in_step:
+            return 1
+        seqlens = (spec.seqlen_q, spec.seqlen_k)
+        costs = tile_costs(config, seqlens, window, spec.batch * spec.num_heads, group)
+        return rounds_in_step(costs, self.programs)
 
     def _prepare(self, tensors: tuple, pointers: tuple) -> KernelLauncher:
         """Compile (or find) the kernel; once per plan, at its first call."""
@@ -218,7 +235,7 @@ class ForwardPlan:
         out = torch.empty_like(self.out_like)
         lse = torch.empty_like(self.lse_like)
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        counter = _tile_counter(self.spec.device, stream) if self.dynamic else None
+        counter = _tile_counter(self.spec.device, self.counters, stream) if self.dynamic else None
         pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, counter)
         if self.launcher is None:
             self.launcher = self._prepare((q, k, v, out, lse), pointers)

@@ -75,7 +75,6 @@ def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str
         given = packed and (name.startswith("cu_") or name[-1] in seqused)
         pointers[name] = "*i32" if given else "constexpr"
     pointers["counter"] = "*i32" if config.Schedule.dynamic.value else "constexpr"
-    pointers["counter"] = "*i32" if config.Schedule.dynamic.value else "constexpr"
     signature = {}
     for name in attention_forward.arg_names:
         if name in boxes:
@@ -86,7 +85,7 @@ def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str
         elif name == "config":
             signature[name] = "constexpr"
         else:
-            signature[name] = "fp32" if "scale" in name else "i32"
+            signature[name] = "fp32" if "scale" in name else "i64" if "magic" in name else "i32"
     return signature
 
 

@@ -31,7 +31,17 @@ from tandem_attn.testing.machine import (
     join,
     partition,
 )
-from tandem_attn.testing.plain import Array, DeviceInt, Language, Layout, Pointer, array, gluon_module, load
+from tandem_attn.testing.plain import (
+    Array,
+    DeviceInt,
+    Int64,
+    Language,
+    Layout,
+    Pointer,
+    array,
+    gluon_module,
+    load,
+)
 
 
 class Memory:
@@ -344,9 +354,10 @@ def run_forward(plan: ForwardPlan, tensors, lengths: tuple, programs: int, seed:
         modules = load_forward(EmulatedLanguage(program, programs, machine), mutations)
         kernel = modules["tandem_attn.kernels.forward"].attention_forward
         config = PlainConfig(plan.config, modules)
-        numbers = iter(DeviceInt(x) if isinstance(x, int) else x for x in plan.numbers)
         wanted = list(inspect.signature(kernel).parameters)[:-1]
-        for _ in kernel(*(arguments[n] if n in arguments else next(numbers) for n in wanted), config):
+        named = zip([n for n in wanted if n not in arguments], plan.numbers, strict=True)
+        numbers = {n: Int64(x) if "magic" in n else array(x) for n, x in named}
+        for _ in kernel(*((arguments | numbers)[n] for n in wanted), config):
             raise AssertionError("the kernel waits outside its partitions")
     with np.errstate(all="ignore"):
         machine.run()

@@ -52,11 +52,11 @@ class DeviceInt(int):
         return type(self)(-int(self))
 
     def to(self, dtype):
-        """A wider or the same integer, as gl.tensor.to."""
-        return Int64(self) if dtype == "int64" else self
+        """The same number in 64 or 32 bits, as gl.tensor.to."""
+        return Int64(self) if dtype == "int64" else DeviceInt(self)
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor"):
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "rshift"):
     setattr(DeviceInt, f"__{_name}__", _checked(f"__{_name}__"))
     setattr(DeviceInt, f"__r{_name}__", _checked(f"__r{_name}__"))
 
@@ -252,8 +252,9 @@ class Language:
             return args[0]
         if "atom.global.add" in asm:
             where, _ = args[0].at(True)
-            args[0].memory[where] += 1
-            return array(args[0].memory[where] - 1)
+            before = array(args[0].memory[where])
+            args[0].memory[where] += args[1]  # 1 where it draws at all
+            return before if args[1] else DeviceInt(0)
         raise NotImplementedError(f"testing/plain.py does not know what this does: {asm}")
 
 
@@ -293,7 +294,7 @@ def gluon_module(gl: Language, **names) -> types.ModuleType:
     module = types.ModuleType("tandem_attn.device.gluon")
     jit = types.SimpleNamespace(jit=_jit, constexpr_function=lambda f: f)
     missing = dict.fromkeys(("fence_async_shared", "mbarrier", "tma_load", "tma_store", "tma_store_wait"))
-    missing |= dict.fromkeys(("warpgroup_mma", "warpgroup_mma_wait"))
+    missing |= dict.fromkeys(("warpgroup_mma", "warpgroup_mma_wait", "base_value"))
     vars(module).update(missing | dict(gl=gl, gluon=jit, aggregate=aggregate, policy=policy) | names)
     return module
 
