@@ -6,6 +6,7 @@ Everything else in `device` and `kernels` imports Gluon from here.
 
 import hashlib
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,8 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import base_value
 
 __all__ = [
+    "COPIES_OPERANDS",
     "aggregate",
     "base_value",
+    "copies_operands",
     "fence_async_shared",
     "gl",
     "gluon",
@@ -31,6 +34,17 @@ __all__ = [
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
+
+
+def copies_operands(version: str) -> bool:
+    """Whether this Triton copies left operands that are in registers in front of each wgmma (from 3.9 on).
+
+    Its ptxas keeps both copies, and kernels that were full spill inside their loops.
+    """
+    return tuple(map(int, version.split(".")[:2])) >= (3, 9)
+
+
+COPIES_OPERANDS = copies_operands(triton.__version__)
 
 # Renamed in 3.8; in 3.9 the old names exist and raise.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

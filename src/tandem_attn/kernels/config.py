@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from tandem_attn.device.gluon import gl
+from tandem_attn.device.gluon import COPIES_OPERANDS, gl
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.schedule import DenseTiles, PlainTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
@@ -199,9 +199,13 @@ class ForwardConfig:
 # said, from benchmarks/results/forward-h200.json and, for 96 and 192, notes/2026-11-25-forward.md.
 _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
     (64, 64): [
-        # 192 rows waste too much of a short triangle. 512 tokens: 266, 1k: 362
+        # 192 rows hold too little of a window: 1024 at 16k 370 of the visible pairs, 290 with three consumers
+        ("window", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True)),
+        # 192 rows waste too much of a short triangle. 512 tokens: 285, 1k: 378; not in_step: 2 to 3% less
         ("causal short", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True, in_step=True)),
-        # 2k: 431, 8k: 549, 16k: 576; without skip 3% less
+        # opens_in_loop loses 1 to 3% here
+        ("causal packed", dict(num_consumers=3, q_stages=2, rescale_first=True, skip=True)),
+        # 2k: 447, 8k: 555, 16k: 575; less without skip 3%, in_step 2%, opens_in_loop 1%
         (
             "causal",
             dict(
@@ -250,11 +254,27 @@ def _tuned(head_dim: int, head_dim_v: int, kinds: set[str]) -> tuple[tuple[int, 
     raise AssertionError(f"no row for {shape} {kinds}")
 
 
-def forward_config(spec: AttentionSpec) -> ForwardConfig:
-    """The compile-time configuration for a question that the gluon backend accepts."""
+def _with_room_for_copies(choice: dict, mask: type, head_dim: int) -> dict:
+    """The row for a Triton that copies operands: Q stays in shared memory, and three consumers only do what
+    leaves them registers. Compiled without a spill in any loop; not measured on a GPU."""
+    roomy = dict(choice, q_in_registers=False)
+    if choice.get("q_in_registers") and head_dim == 64:
+        roomy["q_stages"] = 2
+    if choice.get("num_consumers") == 3 and mask in (CausalMask, WindowMask):
+        roomy |= dict(num_consumers=2, skip=False, opens_in_loop=False)
+    elif choice.get("num_consumers") == 3:
+        roomy["rescale_first"] = False
+    return roomy
+
+
+def forward_config(spec: AttentionSpec, copies_operands: bool = COPIES_OPERANDS) -> ForwardConfig:
+    """The compile-time configuration for a question that the gluon backend accepts.
+
+    `copies_operands`: of the Triton that compiles it, see device/gluon.py.
+    """
     kinds = set()
     if spec.window.left >= 0 or spec.window.right > 0:
-        mask = WindowMask
+        mask, kinds = WindowMask, {"window"}
     elif spec.window.right == 0:
         mask, kinds = CausalMask, {"causal"}
     else:
@@ -263,7 +283,11 @@ def forward_config(spec: AttentionSpec) -> ForwardConfig:
         kinds = kinds | {"short"}
     elif min(spec.seqlen_q, spec.seqlen_k) >= LONG:
         kinds = kinds | {"long"}
+    if spec.varlen:
+        kinds = kinds | {"packed"}
     (head_dim, head_dim_v), choice = _tuned(spec.head_dim, spec.head_dim_v, kinds)
+    if copies_operands:
+        choice = _with_room_for_copies(choice, mask, head_dim)
     tile_n = choice.get("tile_n", 128)
     if mask is FullMask and not spec.varlen and spec.seqlen_k % tile_n == 0:
         mask = NoMask

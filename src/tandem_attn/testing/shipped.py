@@ -11,6 +11,7 @@ import itertools
 
 import torch
 
+from tandem_attn.device.gluon import COPIES_OPERANDS
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import ForwardConfig, forward_config
@@ -91,13 +92,15 @@ class Variant:
         return "-".join(parts)
 
 
-def configs(dtype: torch.dtype = torch.bfloat16, softcap: float = 0.0) -> list[ForwardConfig]:
+def configs(
+    dtype: torch.dtype = torch.bfloat16, softcap: float = 0.0, copies_operands: bool = COPIES_OPERANDS
+) -> list[ForwardConfig]:
     """All configurations for one element type, each once, always in the same order."""
     found: dict[ForwardConfig, None] = {}
     for dims in itertools.product(HEAD_DIMS, HEAD_DIMS):
         for window, varlen, length in itertools.product(WINDOWS.values(), (False, True), LENGTHS):
             spec = question(*dims, length, window=window, varlen=varlen, dtype=dtype, softcap=softcap)
-            found[forward_config(spec)] = None
+            found[forward_config(spec, copies_operands)] = None
     return list(found)
 
 
@@ -121,11 +124,12 @@ def variants() -> list[Variant]:
     return shipped
 
 
-def distinct_variants() -> list[Variant]:
+def distinct_variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
     """For a quicker look: bf16 without extras; of those that differ only in order and timing, the one
     for long sequences."""
     kept = {}
-    for c in configs():  # short lengths first
-        shape = (c.head_dim, c.head_dim_v, c.tile_n, c.num_consumers, c.q_in_registers, c.named_release)
+    for c in configs(copies_operands=copies_operands):  # short lengths first
+        shape = (c.head_dim, c.head_dim_v, c.tile_n, c.num_consumers)
+        shape += (c.q_in_registers, c.named_release, c.opens_in_loop)
         kept[shape, c.Mask, c.Sequences] = Variant(c)
     return list(kept.values())
