@@ -262,6 +262,7 @@ FAULTS = {
         ),
         "        if not c.q_in_registers:\n": "        if False:\n",
     },
+    "the first K is loaded twice": {"if i >= begin_k:": "if i >= 0:"},
     "phases start one round off": {"return 2 * num_stages": "return num_stages"},
     "nobody has the first turn": {"if c.pingpong and group == c.num_consumers - 1:": "if False:"},
     "blocks are miscounted": {"it += n_blocks\n        tile += 1\n        slot": "tile += 1\n        slot"},
@@ -277,7 +278,7 @@ FAULTS = {
         "gl.where(opens, 0.0, state.row_sum)": "state.row_sum",
     },
     "opens: V of the wrong block": {"gl.where(opens, tile.it - 1, tile.it + i - 1)": "tile.it + i - 1"},
-    "opens: O leaves with every block": {"if opens & (previous.blocks > 0)": "if previous.blocks > 0"},
+    "opens: O leaves with every block": {"if opens & has_previous": "if has_previous"},
     "opens: O of the tile before is added up": {
         "gl.where(opens, previous.blocks > 1, i > first + 1)": "gl.where(opens, True, i > first + 1)"
     },

@@ -7,6 +7,7 @@ evenly.
 import heapq
 import itertools
 import random
+import types
 
 import numpy as np
 import pytest
@@ -80,16 +81,16 @@ def assert_all_once(schedule, programs, expected, functions=plain):
     """Static numbering: in each round of `programs` tiles, each gets one."""
     seen = []
     for program in range(programs):
-        seen += tiles(schedule, own_numbers(program, programs, functions))
+        seen += tiles(schedule, own_numbers(schedule, program, programs, functions))
     assert sorted(seen) == sorted(expected)
 
 
-def own_numbers(program, programs, functions=plain):
+def own_numbers(schedule, program, programs, functions=plain):
     """Tile numbers that a program has without drawing, without end."""
     language = functions["schedule"].gl
     for n in itertools.count():
         language.program, language.programs = program, programs
-        yield functions["schedule"].own_number(DeviceInt(n))
+        yield functions["schedule"].own_number(schedule, DeviceInt(n))
 
 
 def assert_end_stays(schedule, numbers):
@@ -251,7 +252,8 @@ def test_the_most_tiles_accepted_fit_in_32_bits(window):
 
 def makespan(costs, static_rounds, programs=PROGRAMS):
     """When the last program is done: each takes its own tiles, then the next when it is free."""
-    own = [itertools.islice(own_numbers(p, programs), static_rounds) for p in range(programs)]
+    drawn = types.SimpleNamespace(dynamic=True)
+    own = [itertools.islice(own_numbers(drawn, p, programs), static_rounds) for p in range(programs)]
     free = [sum(costs[t] for t in mine if t < len(costs)) for mine in own]
     plain["schedule"].gl.program, plain["schedule"].gl.programs = 0, 1
     heapq.heapify(free)

@@ -4,10 +4,10 @@ Tiles are numbered 0, 1, 2, ... in the order in which they should start. A sched
 `tile(t)` that returns tile number t as (found, m_block, head, sequence id, schedule). Numbers are
 never negative where they are divided.
 
-A program's first numbers are its own: one of each round of num_programs tiles, in every other round from the
-far end, so that long and short tiles even out. With `dynamic=False` that is all. Else `static_rounds` rounds
-are, and from then on it takes the next number that nobody has: where tiles differ in cost, whoever is free
-first goes on. That needs a counter in global memory, zero before and after every launch.
+A program's first numbers are its own: one of each round of num_programs tiles. With `dynamic=False` that is
+all. Else it has `static_rounds` of its own, every other from the far end so that long and short tiles even
+out, and from then on takes the next number that nobody has: where tiles differ in cost, whoever is free first
+goes on. That needs a counter in global memory, zero before and after every launch.
 
 Own numbers keep neighbours together: programs 2i and 2i + 1 run on two multiprocessors that share more than
 L2, and with tiles of equal length they run through the code together. With three consumers, whose code does
@@ -25,11 +25,14 @@ def _add(a, b):
 
 
 @gluon.jit
-def own_number(n):
+def own_number(schedule, n):
     """This program's tile number in round n of its own."""
     programs = gl.num_programs(0)
     program = gl.program_id(0)
-    return n * programs + (program if n & 1 == 0 else programs - 1 - program)
+    if schedule.dynamic:
+        return n * programs + (program if n & 1 == 0 else programs - 1 - program)
+    else:
+        return n * programs + program
 
 
 @gluon.jit
@@ -56,7 +59,7 @@ def request_number(schedule, counter, n):
 @gluon.jit
 def requested_number(schedule, ticket, n):
     """The number of this program's tile n."""
-    t = own_number(n)
+    t = own_number(schedule, n)
     if schedule.dynamic:
         asm: gl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
         taken = gl.inline_asm_elementwise(asm, "=r,r", [ticket], dtype=gl.int32, is_pure=False, pack=1)

@@ -89,7 +89,7 @@ class Previous:
     sequence: base_value  # DenseSequence or PackedSequence
     head: gl.tensor
     m_start: gl.tensor
-    blocks: gl.tensor  # of keys; 0: there is none
+    blocks: gl.tensor  # of keys
 
 
 @aggregate
@@ -205,11 +205,8 @@ def _store_part(problem, shared, group: gl.constexpr, i: gl.constexpr, part, des
     smem = shared.o.index(group * c.o_buffers + i % c.o_buffers)
     smem.store(part)
     fence_async_shared()
-    tma_store(
-        desc,
-        tile.sequence.coords("q", tile.head, tile.m_start, i * c.o_width),
-        smem.reshape(desc.block_type.shape),
-    )
+    coords = tile.sequence.coords("q", tile.head, tile.m_start, i * c.o_width)
+    tma_store(desc, coords, smem.reshape(desc.block_type.shape))
 
 
 @gluon.jit
@@ -238,23 +235,23 @@ def _epilogue(problem, shared, group: gl.constexpr, o, state, tile, o_desc, lse_
 
 
 @gluon.jit
-def _first_block(problem, shared, group: gl.constexpr, tile, q, state, first, previous, o_desc, lse_ptr):
+def _first_block(
+    problem, shared, group: gl.constexpr, tile, q, state, first, previous, has_previous, o_desc, lse_ptr
+):
     """Block `first` of a tile, the first that this consumer does not skip, and the end of the tile before."""
     c: gl.constexpr = problem.config.static
     row_max = gl.full_like(state.row_max, float("-inf"))
     fresh = State(state.o, state.p, row_max, gl.zeros_like(state.row_sum))
-    masked: gl.constexpr = c.Mask.masks
-    use_acc = previous.blocks > 1
-    after = _step(problem, shared, group, tile, q, fresh, first, tile.it - 1, use_acc, masked, "first")
-    if previous.blocks > 0:
+    after = _step(problem, shared, group, tile, q, fresh, first, tile.it - 1, previous.blocks > 1,
+                  c.Mask.masks, "first")  # fmt: skip
+    if has_previous:
         _epilogue(problem, shared, group, after.o, state, previous, o_desc, lse_ptr)
     return after
 
 
 @gluon.jit
-def _first_blocks(
-    problem, shared, group: gl.constexpr, tile, q, state, first, end, previous, o_desc, lse_ptr
-):
+def _first_blocks(problem, shared, group: gl.constexpr, tile, q, state, first, end, previous, has_previous,
+                  o_desc, lse_ptr):  # fmt: skip
     """_first_block and the other masked blocks before `end` in one loop.
 
     Slower by what `opens` decides, but a third less code: that of three consumers does not fit in the
@@ -268,7 +265,7 @@ def _first_blocks(
         use_acc = gl.where(opens, previous.blocks > 1, i > first + 1)
         after = _step(problem, shared, group, tile, q, State(state.o, state.p, row_max, row_sum), i, fill,
                       use_acc, True, "either", opens)  # fmt: skip
-        if opens & (previous.blocks > 0):
+        if opens & has_previous:
             _epilogue(problem, shared, group, after.o, state, previous, o_desc, lse_ptr)
         state = after
     return state
@@ -336,11 +333,13 @@ def _send_tile(problem, shared, sequences, q_desc, sequence, tile, m_start, head
 
 
 @gluon.jit
-def _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, begin, end, n_end):
-    """Load key blocks begin to end - 1, counted from the last one back; block 0 is ring fill `it`."""
+def _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, begin, end, n_end, begin_k):
+    """Load key blocks begin to end - 1, counted from the last one back, K only from block begin_k on; block 0
+    is ring fill `it`."""
     for i in range(begin, end):
         n_start = (n_end - 1 - i) * shared.k.smem.shape[1]
-        shared.k.fill(it + i, k_desc, sequence, "k", kv_head, n_start)
+        if i >= begin_k:
+            shared.k.fill(it + i, k_desc, sequence, "k", kv_head, n_start)
         shared.v.fill(it + i, v_desc, sequence, "k", kv_head, n_start)
 
 
@@ -360,19 +359,23 @@ def _producer(problem, shared, sequences, schedule, counter, q_desc, k_desc, v_d
     while found:
         sequence = sequences.sequence(row)
         m_start = m_block * c.tile_rows
-        _send_tile(problem, shared, sequences, q_desc, sequence, tile, m_start, head, row)
         n_end, n_blocks, right_edge, left_edge = problem.mask(sequence).key_blocks(
             m_start, m_start + c.tile_rows, c.tile_n
         )
         kv_head = divided(head, problem.group_size_magic)
+        begin_k = 0
+        if c.k_before_q:
+            shared.k.fill(it, k_desc, sequence, "k", kv_head, (n_end - 1) * c.tile_n)
+            begin_k = 1
+        _send_tile(problem, shared, sequences, q_desc, sequence, tile, m_start, head, row)
         ask = gl.maximum(n_blocks - 2, 0)
         look = n_blocks - 1
-        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, 0, ask, n_end)
+        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, 0, ask, n_end, begin_k)
         ticket = request_number(schedule, counter, tile + 1)
-        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, ask, look, n_end)
+        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, ask, look, n_end, begin_k)
         t = requested_number(schedule, ticket, tile + 1)
         found, m_block, head, row, schedule = schedule.tile(t)
-        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, look, n_blocks, n_end)
+        _fill_blocks(shared, k_desc, v_desc, sequence, kv_head, it, look, n_blocks, n_end, begin_k)
         it += n_blocks
         tile += 1
     close_numbers(schedule, counter, t)
@@ -416,17 +419,17 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
 
         of = Tile(sequence.seqlen_q, sequence.seqlen_k, m_start, n_end, it)
         second = first + 1
-        whole = second
-        if c.Mask.masks:
-            whole = gl.maximum(right_edge, second)
         if c.opens_in_loop:
-            state = _first_blocks(
-                problem, shared, group, of, q, state, first, whole, previous, o_desc, lse_ptr
-            )
+            whole = gl.maximum(right_edge, second)
+            state = _first_blocks(problem, shared, group, of, q, state, first, whole, previous, tile > 0,
+                                  o_desc, lse_ptr)  # fmt: skip
         else:
-            state = _first_block(problem, shared, group, of, q, state, first, previous, o_desc, lse_ptr)
+            state = _first_block(problem, shared, group, of, q, state, first, previous, tile > 0, o_desc,
+                                 lse_ptr)  # fmt: skip
+            whole = second
             if c.Mask.masks:
                 state = _blocks(problem, shared, group, of, q, state, second, right_edge, second, True)
+                whole = gl.maximum(right_edge, second)
         state = _blocks(problem, shared, group, of, q, state, whole, left_edge, second, False)
         if c.Mask.has_left_edge:
             begin = gl.maximum(left_edge, whole)
@@ -439,7 +442,7 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
         slot = tile % c.q_stages * c.num_consumers + group
         mbarrier.wait(shared.q_full.index(slot), tile // c.q_stages & 1)
         m_tile = shared.mailbox.receive(slot, 0)
-    if previous.blocks > 0:
+    if tile > 0:
         shared.v.wait(it - 1)
         p = unpack_operand(state.p, c.dtype, c.o_accumulator)
         started = _start_output(p, shared.v, it - 1, state.o, previous.blocks > 1)
