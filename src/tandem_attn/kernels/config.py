@@ -209,13 +209,13 @@ class ForwardConfig:
 # said, from benchmarks/results/forward-h200.json and, for 96 and 192, notes/2026-11-25-forward.md.
 _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
     (64, 64): [
-        # 192 rows hold too little of a window: 1024 at 16k 370 of the visible pairs, 290 with three consumers
+        # 192 rows hold too little of a window: 1024 at 16k: 351 of the visible pairs, 292 with three consumers
         ("window", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True)),
-        # 192 rows waste too much of a short triangle. 512 tokens: 285, 1k: 378; not in_step: 2 to 3% less
+        # 192 rows waste too much of a short triangle. 512 tokens: 285, 1k: 379; not in_step: 2 to 3% less
         ("causal short", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True, in_step=True)),
         # opens_in_loop loses 1 to 3% here
         ("causal packed", dict(num_consumers=3, q_stages=2, rescale_first=True, skip=True)),
-        # 2k: 447, 8k: 555, 16k: 575; less without skip 3%, in_step 2%, opens_in_loop 1%
+        # 2k: 451, 8k: 557, 16k: 576; less without skip 3%, in_step 2%, opens_in_loop 1%
         (
             "causal",
             dict(
@@ -227,28 +227,28 @@ _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
                 opens_in_loop=True,
             ),
         ),
-        # 512: 429, 1k: 466; rescale_first loses 4% at 512
+        # 512: 441, 1k: 476; rescale_first loses 4% at 512
         ("short", dict(num_consumers=3, q_stages=2)),
-        # 2k: 540, 8k: 598; window 1024 at 16k: 292 of the visible pairs
+        # 2k: 548, 8k: 599
         ("", dict(num_consumers=3, q_stages=2, rescale_first=True)),
     ],
     # 8k: 617 / 586
     (96, 96): [("", dict(q_in_registers=True, o_parts=3, o_buffers=3))],
     (128, 128): [
-        # 4k: 687, 8k: 727, 16k: 751; 1 to 1.6% less without named_release
+        # 4k: 702, 8k: 740, 16k: 760; 1 to 1.6% less without named_release
         ("causal long", dict(q_in_registers=True, named_release=True)),
-        # 512: 584 / 359, 2k: 713 / 614, 8k: 740 full; packed, 2k on average: 677 / 612; window 1024 at 16k:
-        # 535 of the visible pairs
+        # 512: 612 / 371, 2k: 719 / 632, 8k: 738 full; packed, 2k on average: 691 / 631; window 1024 at 16k:
+        # 551 of the visible pairs
         ("", dict(q_in_registers=True)),
     ],
-    # 8k causal: 747
+    # 8k causal: 761
     (192, 128): [("", dict(o_parts=2))],
     # 8k: 678 / 677
     (192, 192): [("", dict(tile_n=64, o_parts=3, pingpong=False))],
     (256, 256): [
-        # 512: 579 / 363, 1k: 687 / 519; ping-pong gains 2% here and loses up to 1% above
+        # 512: 598 / 376, 1k: 699 / 528; ping-pong gains 2% here and loses up to 1% above
         ("short", dict(tile_n=64, o_parts=2, lazy_rescale=True)),
-        # 2k: 745 / 639, 8k: 789 / 769, 16k: 795 / 795
+        # 2k: 752 / 648, 8k: 794 / 773, 16k: 799 / 797
         ("", dict(tile_n=64, o_parts=2, lazy_rescale=True, pingpong=False)),
     ],
 }
