@@ -209,7 +209,7 @@ class ForwardConfig:
 # said, from benchmarks/results/forward-h200.json and, for 96 and 192, notes/2026-11-25-forward.md.
 _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
     (64, 64): [
-        # 192 rows hold too little of a window: 1024 at 16k: 351 of the visible pairs, 292 with three consumers
+        # 192 rows hold too little of a window. 1024 at 16k: 351 of the visible pairs; three consumers: 292
         ("window", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True)),
         # 192 rows waste too much of a short triangle. 512 tokens: 285, 1k: 379; not in_step: 2 to 3% less
         ("causal short", dict(q_in_registers=True, lazy_rescale=True, rescale_first=True, in_step=True)),
