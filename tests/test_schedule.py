@@ -250,12 +250,18 @@ def test_the_most_tiles_accepted_fit_in_32_bits(window):
     assert_end_stays(schedule, range(count, count + 2 * PROGRAMS))  # DeviceInt raises on overflow
 
 
-def makespan(costs, static_rounds, programs=PROGRAMS):
-    """When the last program is done: each takes its own tiles, then the next when it is free."""
+def own_loads(costs, static_rounds, programs):
+    """What the tiles that each program has without drawing cost it."""
     drawn = types.SimpleNamespace(dynamic=True)
     own = [itertools.islice(own_numbers(drawn, p, programs), static_rounds) for p in range(programs)]
-    free = [sum(costs[t] for t in mine if t < len(costs)) for mine in own]
+    loads = [sum(costs[t] for t in mine if t < len(costs)) for mine in own]
     plain["schedule"].gl.program, plain["schedule"].gl.programs = 0, 1
+    return loads
+
+
+def makespan(costs, static_rounds, programs=PROGRAMS):
+    """When the last program is done: each takes its own tiles, then the next when it is free."""
+    free = own_loads(costs, static_rounds, programs)
     heapq.heapify(free)
     for cost in costs[static_rounds * programs :]:
         heapq.heappush(free, heapq.heappop(free) + cost)
@@ -350,6 +356,8 @@ def test_rounds_in_step_leave_enough_to_even_out(lengths, rows, group, head_dim,
         assert cost == count + balance.TILE_OVERHEAD
     rounds = balance.rounds_in_step(torch.tensor(costs, dtype=torch.float64), programs)
     assert rounds == 1 or rounds * programs <= len(costs)
+    if rounds > 1:
+        assert max(own_loads(costs, rounds, programs)) <= balance.OWN_SHARE * sum(costs) / programs
     best = max(sum(costs) / programs, max(costs))
     assert makespan(costs, rounds, programs) <= max(makespan(costs, 1, programs), best) + max(costs)
 

@@ -182,8 +182,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) 
     left, right = window_sides(given["causal"], given["window_size"])
     options = Options(given["softmax_scale"], left, right, given["softcap"], given["sm_margin"])
     lengths = Lengths(*(given[name] for name in Lengths._fields)) if varlen else None
-    if torch._C._is_any_autocast_enabled():
-        q, k, v = ops.cast_for_autocast(q, k, v)
+    q, k, v = ops.cast_for_autocast(q, k, v)
     return dispatch.explanation(attention_spec(q, k, v, lengths, options))
 
 

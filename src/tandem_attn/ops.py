@@ -44,8 +44,7 @@ def attention(q, k, v, lengths: Lengths | None, options: tuple) -> tuple[torch.T
 
     `options`: the fields of `Options`, not yet looked at (a NamedTuple takes ten times as long to make).
     """
-    if torch._C._is_any_autocast_enabled():
-        q, k, v = cast_for_autocast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     if not torch.compiler.is_compiling():
         if _is_plain(q, k, v):
             return _forward(q, k, v, lengths, options)
@@ -64,6 +63,8 @@ def clear_plans() -> None:
 def cast_for_autocast(q, k, v) -> tuple:
     """As scaled_dot_product_attention under autocast: inputs in its dtype, float64 left alone."""
     tensors = (q, k, v)
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors):
         return tensors  # validation will say so
     if not torch.is_autocast_enabled(q.device.type):
@@ -117,7 +118,7 @@ def _forward(q, k, v, lengths: Lengths | None, options: tuple):
 
 def _key(q, k, v, lengths: Lengths | None, options: tuple) -> tuple | None:
     """Everything a plan may depend on. Types too: True and 1.0 equal 1, but are not accepted where it is."""
-    scale, left, right, softcap, sm_margin = options
+    scale, _, _, softcap, sm_margin = options
     try:
         return (
             (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),

@@ -1,8 +1,8 @@
 """Which tiles a program works on, and in which order. Only the producer asks; consumers get tiles by mail.
 
 Tiles are numbered 0, 1, 2, ... in the order in which they should start. A schedule has `create(...)`, and
-`tile(t)` that returns tile number t as (found, m_block, head, sequence id, schedule). Numbers are
-never negative where they are divided.
+`tile(t)` that returns tile number t as (found, m_block, head, sequence id, schedule). Numbers are never
+negative where they are divided.
 
 A program's first numbers are its own: one of each round of num_programs tiles. With `dynamic=False` that is
 all. Else it has `static_rounds` of its own, every other from the far end so that long and short tiles even

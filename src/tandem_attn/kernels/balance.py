@@ -46,6 +46,6 @@ def rounds_in_step(costs: torch.Tensor | None, programs: int) -> int:
         return 1
     rounds = len(costs) // programs
     load = costs[: rounds * programs].view(rounds, programs).clone()
-    load[1::2] = load[1::2].flip(1)
+    load[1::2] = load[1::2].flip(1)  # as own_number of device/schedule.py has it
     heaviest = load.cumsum(0).amax(1)
     return max(1, int((heaviest <= OWN_SHARE * costs.sum() / programs).sum()))

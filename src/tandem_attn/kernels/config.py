@@ -270,10 +270,9 @@ def _with_room_for_copies(choice: dict, mask: type, head_dim: int) -> dict:
     roomy = dict(choice, q_in_registers=False)
     if choice.get("q_in_registers") and head_dim == 64:
         roomy["q_stages"] = 2
-    if choice.get("num_consumers") == 3 and mask in (CausalMask, WindowMask):
-        roomy |= dict(num_consumers=2, skip=False, opens_in_loop=False)
-    elif choice.get("num_consumers") == 3:
-        roomy["rescale_first"] = False
+    if choice.get("num_consumers") == 3:
+        causal = dict(num_consumers=2, skip=False, opens_in_loop=False)
+        roomy |= causal if mask is CausalMask else dict(rescale_first=False)
     return roomy
 
 

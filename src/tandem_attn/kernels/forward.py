@@ -175,16 +175,15 @@ def _step(problem, shared, group: gl.constexpr, tile, q, state, i, before, use_a
     if masked:
         offset = gl.where(offset == float("-inf"), 0.0, offset)  # a row that has seen no key yet
     alpha = gl.exp2(state.row_max * problem.scale_log2 - offset)
+    alpha = pinned(alpha) if c.rescale_first else alpha
+    factor = gl.where(opens, 1.0, alpha) if kind == "either" else alpha
     if c.rescale_first:
-        alpha = pinned(alpha)
-        factor = gl.where(opens, 1.0, alpha) if kind == "either" else alpha
         o = _finish_output(o_started, shared.v, before, factor, has_pv, kind != "first", c.lazy_rescale)
     probabilities = gl.exp2(s * problem.scale_log2 - gl.expand_dims(offset, 1))
     old_sum: gl.constexpr = gl.SliceLayout(1, state.row_sum.type.layout)
     row_sum = state.row_sum * gl.expand_dims(gl.convert_layout(alpha, old_sum, assert_trivial=True), 1)
     row_sum = row_sum + thread_sum(probabilities)
     if not c.rescale_first:
-        factor = gl.where(opens, 1.0, alpha) if kind == "either" else alpha
         o = _finish_output(o_started, shared.v, before, factor, has_pv, kind != "first", c.lazy_rescale)
     return State(o, pack_probabilities(probabilities, c.dtype), row_max, row_sum)
 
@@ -227,18 +226,19 @@ def _epilogue(problem, shared, group: gl.constexpr, o, state, tile, o_desc, lse_
         for i in gl.static_range(c.o_parts):
             _store_part(problem, shared, group, i, (o[i] * factor).to(c.dtype), o_desc, tile)
     else:
-        left, right = gl.split(
-            (o[0] * factor).to(c.dtype).reshape([c.tile_m, 2, c.o_width]).permute((0, 2, 1))
-        )
+        halves = (o[0] * factor).to(c.dtype).reshape([c.tile_m, 2, c.o_width])
+        left, right = gl.split(halves.permute((0, 2, 1)))
         _store_part(problem, shared, group, 0, left, o_desc, tile)
         _store_part(problem, shared, group, 1, right, o_desc, tile)
 
 
 @gluon.jit
-def _first_block(
-    problem, shared, group: gl.constexpr, tile, q, state, first, previous, has_previous, o_desc, lse_ptr
-):
-    """Block `first` of a tile, the first that this consumer does not skip, and the end of the tile before."""
+def _first_block(problem, shared, group: gl.constexpr, tile, q, state, first, previous, has_previous, o_desc,
+                 lse_ptr):  # fmt: skip
+    """Block `first` of a tile, the first that this consumer does not skip, and the end of the tile before.
+
+    `has_previous`, not previous.blocks > 0: that reorders loops, 2% less at 128 causal and 256 full (H200).
+    """
     c: gl.constexpr = problem.config.static
     row_max = gl.full_like(state.row_max, float("-inf"))
     fresh = State(state.o, state.p, row_max, gl.zeros_like(state.row_sum))

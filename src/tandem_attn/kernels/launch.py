@@ -140,20 +140,6 @@ def descriptor_geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> tupl
 _tile_counters: dict[int, dict[int, torch.Tensor]] = {}  # by device index and stream
 
 
-def _tile_counter(device: torch.device, counters: dict[int, torch.Tensor], stream: int) -> torch.Tensor:
-    """The int32 zero from which programs on this stream draw tile numbers; every launch leaves it zero.
-
-    Launches on one stream do not overlap, so they share it. A captured graph may be replayed on any stream:
-    it gets a counter of its own, zeroed by the graph itself.
-    """
-    if torch._C._cuda_isCurrentStreamCapturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    counter = counters.get(stream)
-    if counter is None:
-        counter = counters[stream] = torch.zeros(1, dtype=torch.int32, device=device)
-    return counter
-
-
 class ForwardPlan:
     """Everything about a call that does not depend on addresses."""
 
@@ -198,19 +184,31 @@ class ForwardPlan:
             left,
             right,
             group,
-            self._static_rounds(group, (left, right)),
+            self._static_rounds(rows, group, (left, right)),
             *map(division_magic, divisors),
             *scales,
         )
 
-    def _static_rounds(self, group: int, window: tuple[int, int]) -> int:
+    def _static_rounds(self, rows: int, group: int, window: tuple[int, int]) -> int:
         """Rounds of tiles that programs take without drawing: see device/schedule.py."""
         spec, config = self.spec, self.config
         if spec.varlen or not config.in_step:
             return 1
-        seqlens = (spec.seqlen_q, spec.seqlen_k)
-        costs = tile_costs(config, seqlens, window, spec.batch * spec.num_heads, group)
+        costs = tile_costs(config, (spec.seqlen_q, spec.seqlen_k), window, rows, group)
         return rounds_in_step(costs, self.programs)
+
+    def _tile_counter(self, stream: int) -> torch.Tensor:
+        """The int32 zero from which programs on this stream draw tile numbers; every launch leaves it zero.
+
+        Launches on one stream do not overlap, so they share it. A captured graph may be replayed on any
+        stream: it gets a counter of its own, zeroed by the graph itself.
+        """
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return torch.zeros(1, dtype=torch.int32, device=self.spec.device)
+        counter = self.counters.get(stream)
+        if counter is None:
+            counter = self.counters[stream] = torch.zeros(1, dtype=torch.int32, device=self.spec.device)
+        return counter
 
     def _prepare(self, tensors: tuple, pointers: tuple) -> KernelLauncher:
         """Compile (or find) the kernel; once per plan, at its first call."""
@@ -235,7 +233,7 @@ class ForwardPlan:
         out = torch.empty_like(self.out_like)
         lse = torch.empty_like(self.lse_like)
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        counter = _tile_counter(self.spec.device, self.counters, stream) if self.dynamic else None
+        counter = self._tile_counter(stream) if self.dynamic else None
         pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, counter)
         if self.launcher is None:
             self.launcher = self._prepare((q, k, v, out, lse), pointers)
