@@ -43,7 +43,7 @@ def fresh(monkeypatch):
     """Each test decides anew, from no TANDEM_ variables, with the same random numbers."""
     from tandem_attn import ops
 
-    for name in ("TANDEM_BACKEND", "TANDEM_LOG", "TANDEM_VALIDATE"):
+    for name in ("TANDEM_BACKEND", "TANDEM_LOG", "TANDEM_VALIDATE", "TANDEM_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     ops.clear_plans()
     torch.manual_seed(0)

@@ -175,10 +175,16 @@ def test_drop_in_for_flash_attn_interface():
 def test_public_names():
     public = {
         "__version__",
+        "decode_workspace",
         "explain",
+        "explain_with_kvcache",
+        "flash_attn_combine",
         "flash_attn_func",
         "flash_attn_qkvpacked_func",
         "flash_attn_varlen_func",
+        "flash_attn_with_kvcache",
+        "get_scheduler_metadata",
+        "merge_attention_states",
     }
     assert set(tandem_attn.__all__) == public and public <= set(dir(tandem_attn))
     with pytest.raises(AttributeError, match="no attribute 'flash_attn'"):

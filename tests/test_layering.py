@@ -15,27 +15,38 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS, MAX_KERNEL_ARGUMENTS, MAX_LINE = 500, 80, 12, 26, 110
 # FlashAttention-3's signatures are not ours to shorten
-FA3_SIGNATURES = {"flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func"}
+FA3_SIGNATURES = {
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+}
 
 # module or folder: what it may import from tandem_attn, inside functions too
-LEAVES = {"spec", "arch"}
+LEAVES = {"spec", "spec_decode", "arch"}
 MAY_IMPORT = {
     "_version": set(),
     "spec": set(),
+    "spec_decode": {"spec"},
+    "check_decode": {"spec", "spec_decode"},
     "arch": set(),
     "log": set(),
     "device": {"device"},
     "kernels": {"kernels", "device", *LEAVES},
     "reference": LEAVES,
+    "reference_decode": {"reference", *LEAVES},
     "torch_fused": {"reference", *LEAVES},
-    "dispatch": {"kernels", "torch_fused", "reference", *LEAVES},
+    "dispatch": {"kernels", "torch_fused", "reference", "reference_decode", *LEAVES},
     "ops": {"dispatch", "reference", "log", *LEAVES},
+    "ops_decode": {"ops", "dispatch", "check_decode", "log", *LEAVES},
     "api": {"ops", "dispatch", *LEAVES},
+    "api_decode": {"api", "ops_decode", "dispatch", "reference_decode", "check_decode", *LEAVES},
     "testing": {"testing", "kernels", "device", "__init__", *LEAVES},
-    "__init__": {"api", "_version"},
+    "__init__": {"api", "api_decode", "_version"},
 }
 PUBLIC = {"__init__", "_version"}  # what everything above api uses, besides its own kind
-ABOVE_API = {"bench", "cli", "demo", "doctor", "__main__", "distributed", "integrations"}
+ABOVE_API = {"bench", "cache", "cli", "demo", "doctor", "__main__", "distributed", "integrations"}
 
 
 def owner(path: pathlib.Path) -> str:
@@ -133,8 +144,9 @@ def _name(decorator: ast.expr) -> str:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_assert_for_the_mistakes_of_users(path):
-    """python -O removes asserts; validation lives in spec.py and raises."""
-    if owner(path) in {"spec", "api", "ops", "dispatch", "arch", "log"}:
+    """python -O removes asserts; validation lives in spec.py and check_decode.py and raises."""
+    of_decode = {"spec_decode", "check_decode", "reference_decode", "ops_decode", "api_decode"}
+    if owner(path) in {"spec", "api", "ops", "dispatch", "arch", "log", *of_decode}:
         assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
 
 

@@ -10,15 +10,35 @@ from tandem_attn._version import __version__
 
 if TYPE_CHECKING:
     from tandem_attn.api import explain, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+    from tandem_attn.api_decode import (
+        decode_workspace,
+        explain_with_kvcache,
+        flash_attn_combine,
+        flash_attn_with_kvcache,
+        get_scheduler_metadata,
+        merge_attention_states,
+    )
 
-__all__ = ["__version__", "explain", "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
+__all__ = [
+    "__version__",
+    "decode_workspace",
+    "explain",
+    "explain_with_kvcache",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+    "merge_attention_states",
+]
 
 
 def __getattr__(name: str):
     if name in __all__:
-        from tandem_attn import api
+        from tandem_attn import api, api_decode
 
-        globals()[name] = found = getattr(api, name)
+        globals()[name] = found = getattr(api if hasattr(api, name) else api_decode, name)
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

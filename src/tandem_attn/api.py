@@ -67,9 +67,9 @@ def flash_attn_func(
     supported.
     """
     if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
-        _refuse_not_yet(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+        refuse_not_yet(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     if attention_chunk != 0 or num_splits not in (0, 1) or pack_gqa:
-        _refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
+        refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
     left, right = window_sides(causal, window_size)
     out, lse = ops.attention(q, k, v, None, (softmax_scale, left, right, softcap, sm_margin))
     return (out, lse) if return_attn_probs else out
@@ -118,9 +118,9 @@ def flash_attn_varlen_func(
     reference and CPU backends go through the sequences on the host.
     """
     if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
-        _refuse_not_yet(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+        refuse_not_yet(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     if attention_chunk != 0 or num_splits not in (0, 1) or pack_gqa:
-        _refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
+        refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
     left, right = window_sides(causal, window_size)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     out, lse = ops.attention(q, k, v, lengths, (softmax_scale, left, right, softcap, sm_margin))
@@ -178,7 +178,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) 
     bound = inspect.signature(function).bind(q, k, v, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    _refuse_not_yet(**{name: given[name] for name in _NOT_YET})
+    refuse_not_yet(**{name: given[name] for name in _NOT_YET})
     left, right = window_sides(given["causal"], given["window_size"])
     options = Options(given["softmax_scale"], left, right, given["softcap"], given["sm_margin"])
     lengths = Lengths(*(given[name] for name in Lengths._fields)) if varlen else None
@@ -186,7 +186,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) 
     return dispatch.explanation(attention_spec(q, k, v, lengths, options))
 
 
-def _refuse_not_yet(**arguments) -> None:
+def refuse_not_yet(**arguments) -> None:
     """Raise for the first argument that asks for something not written yet."""
     for name, value in arguments.items():
         if name == "num_splits" and value in (0, 1):

@@ -2,7 +2,8 @@
 
 A backend is a module with NAME, reasons(spec), describe(spec), forward(spec) and backward(spec): see
 `reference.py` for the smallest. `backward` may be None or return None, and gradients then come from the
-reference.
+reference. Over a KV cache it has decode_reasons, decode_describe and decode(spec), and append_reasons,
+append_describe and append(spec): see `reference_decode.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ import dataclasses
 import math
 import os
 
-from tandem_attn import reference, torch_fused
+import torch
+
+from tandem_attn import reference, reference_decode, torch_fused
 from tandem_attn.spec import AttentionSpec
+from tandem_attn.spec_decode import AppendSpec, DecodeSpec
 
 CHOICES = ("gluon", "torch", "reference")  # in order of preference
+# what a backend's functions about a kind of question begin with
+_PREFIX = {AttentionSpec: "", DecodeSpec: "decode_", AppendSpec: "append_"}
+
+Spec = AttentionSpec | DecodeSpec | AppendSpec
 
 
 class _Nothing:
@@ -25,6 +33,14 @@ class _Nothing:
     @staticmethod
     def describe(spec: AttentionSpec) -> str:
         return "no query sees any key: zeros and -inf without a kernel"
+
+    @staticmethod
+    def decode_describe(spec: DecodeSpec) -> str:
+        return "no query: nothing to compute"
+
+    @staticmethod
+    def append_describe(spec: AppendSpec) -> str:
+        return "no token: nothing to write"
 
     @staticmethod
     def forward(spec: AttentionSpec):
@@ -40,32 +56,44 @@ class _Nothing:
 
         return plan
 
+    @staticmethod
+    def decode(spec: DecodeSpec):
+        def plan(q, cache, new, out, workspace, want_lse):
+            # rows of q may lie in memory although no sequence has any: max_seqlen_q is 0
+            out = q.new_zeros(spec.out_shape) if out is None else out.zero_()
+            lse = q.new_full(spec.lse_shape, -math.inf, dtype=spec.lse_dtype) if want_lse else None
+            return out, lse
+
+        plan.workspace_bytes = 0
+        return plan
+
+    @staticmethod
+    def append(spec: AppendSpec):
+        def plan(q, *_):
+            return q.clone(memory_format=torch.contiguous_format) if spec.rotary_dim else q
+
+        return plan
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """Which backend answers a question, how, and what every other one said."""
 
-    spec: AttentionSpec
+    spec: Spec
     backend: str
     config: str
     reasons: dict[str, list[str]]  # why not; an empty list: it could, but another comes first
+    append: Explanation | None = None  # of what is done to the cache and to q before that
 
     def __str__(self) -> str:
-        spec = self.spec
-        kind = "varlen" if spec.varlen else "dense"
-        dtype = str(spec.dtype).removeprefix("torch.")
-        question = (
-            f"{kind} attention, {dtype} on {spec.device}: batch {spec.batch}, {spec.seqlen_q} queries x "
-            f"{spec.seqlen_k} keys, {spec.num_heads} heads over {spec.num_kv_heads}, "
-            f"head_dim {spec.head_dim}/{spec.head_dim_v}, {spec.window}, softcap {spec.softcap:g}"
-        )
-        lines = [question, f"answered by {self.backend}: {self.config}"]
+        lines = [self.spec.question, f"answered by {self.backend}: {self.config}"]
         for name, said in self.reasons.items():
             lines += [f"not by {name}: {reason}" for reason in said or ["it could, but another comes first"]]
-        return "\n  ".join(lines)
+        text = "\n  ".join(lines)
+        return text if self.append is None else f"{self.append}\n{text}"
 
 
-def backend_for(spec: AttentionSpec, requested: str | None = None):
+def backend_for(spec: Spec, requested: str | None = None):
     """The backend that answers: `requested`, else TANDEM_BACKEND, else the first that can.
 
     An explicit choice never falls back: NotImplementedError with its reasons. ValueError for an unknown name.
@@ -84,30 +112,43 @@ def backend_for(spec: AttentionSpec, requested: str | None = None):
     raise NotImplementedError("no backend can answer this:\n  " + "\n  ".join(refused))
 
 
-def candidate(name: str, spec: AttentionSpec) -> tuple[object, list[str]]:
+def candidate(name: str, spec: Spec) -> tuple[object, list[str]]:
     """A backend (None where it cannot even be imported) and its reasons against this question."""
+    dense = isinstance(spec, AttentionSpec)
     if name == "gluon":
-        return _gluon(spec)
-    backend = torch_fused if name == "torch" else reference
-    return backend, backend.reasons(spec)
+        backend, said = _gluon(spec)
+    elif name == "torch":
+        backend, said = torch_fused if dense else None, ["torch's fused kernels know no KV cache"]
+    else:
+        backend = reference if dense else reference_decode
+    return backend, said if backend is None else _about(backend, spec, "reasons")(spec)
 
 
-def explanation(spec: AttentionSpec, requested: str | None = None) -> Explanation:
+def explanation(spec: Spec, requested: str | None = None, append: Explanation | None = None) -> Explanation:
     """What `backend_for` decides, with the reasons of all."""
     chosen = backend_for(spec, requested)
     reasons = {name: candidate(name, spec)[1] for name in CHOICES if name != chosen.NAME}
-    return Explanation(spec, chosen.NAME, chosen.describe(spec), reasons)
+    return Explanation(spec, chosen.NAME, _about(chosen, spec, "describe")(spec), reasons, append)
 
 
-def _gluon(spec: AttentionSpec):
+def _about(backend, spec: Spec, what: str):
+    """The backend's function `what` for questions of this kind."""
+    return getattr(backend, _PREFIX[type(spec)] + what)
+
+
+def _gluon(spec: Spec):
+    """The module of the kernels that may answer, or None and why it cannot be had."""
     if spec.device.type != "cuda":
         return None, [f"tensors are on {spec.device}; the kernels need an NVIDIA Hopper GPU"]
     try:
-        from tandem_attn.kernels import launch
+        if isinstance(spec, AttentionSpec):
+            from tandem_attn.kernels import launch
+        else:
+            from tandem_attn.kernels import launch_decode as launch
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "triton":
             said = f"triton cannot be imported ({error}); it comes with CUDA builds of torch"
         else:
             said = f"the kernels cannot be imported ({error})"
         return None, [said]
-    return launch, launch.reasons(spec)
+    return launch, []

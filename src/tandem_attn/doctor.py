@@ -27,7 +27,7 @@ PTXAS_WARNING = (
     "triton pull request 11781), which these kernels use: tests/ holds exact integer tests for it, and "
     "TRITON_PTXAS_PATH can point to a newer ptxas"
 )
-KNOWN_VARIABLES = ("TANDEM_BACKEND", "TANDEM_LOG", "TANDEM_VALIDATE")
+KNOWN_VARIABLES = ("TANDEM_BACKEND", "TANDEM_DEBUG", "TANDEM_LOG", "TANDEM_VALIDATE")
 OTHER_VARIABLES = ("CUDA_VISIBLE_DEVICES", "TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_INTERPRET")
 NETWORK_FILE_SYSTEMS = {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4"}
 LEAST_FREE_GIB = 1.0

@@ -35,8 +35,17 @@ _QUESTION = (
 )
 _NUM_TENSORS, _NUM_LENGTHS = 3, len(Lengths._fields)
 
-_forward_plans: dict = {}  # key of a question: (plan, whether to look into the lengths at each call)
-_backward_plans: dict = {}  # AttentionSpec: plan
+_tables: list[dict] = []  # all that is remembered, also for `ops_decode`
+
+
+def plan_table() -> dict:
+    """A dictionary of decisions that `clear_plans` forgets."""
+    _tables.append({})
+    return _tables[-1]
+
+
+_forward_plans = plan_table()  # key of a question: (plan, whether to look into the lengths at each call)
+_backward_plans = plan_table()  # AttentionSpec: plan
 
 
 def attention(q, k, v, lengths: Lengths | None, options: tuple) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +57,7 @@ def attention(q, k, v, lengths: Lengths | None, options: tuple) -> tuple[torch.T
     if not torch.compiler.is_compiling():
         if _is_plain(q, k, v):
             return _forward(q, k, v, lengths, options)
-        _refuse_tangents(q, k, v)
+        refuse_tangents(q=q, k=k, v=v)
     check_types(q, k, v, lengths)
     options = check_options(options)
     return torch.ops.tandem_attn.forward(q, k, v, *(lengths or (None,) * _NUM_LENGTHS), *options)
@@ -56,8 +65,8 @@ def attention(q, k, v, lengths: Lengths | None, options: tuple) -> tuple[torch.T
 
 def clear_plans() -> None:
     """Forget every decision. TANDEM_BACKEND, _VALIDATE and _LOG are read when a question is new."""
-    _forward_plans.clear()
-    _backward_plans.clear()
+    for table in _tables:
+        table.clear()
 
 
 def cast_for_autocast(q, k, v) -> tuple:
@@ -73,28 +82,35 @@ def cast_for_autocast(q, k, v) -> tuple:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
+PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def _is_plain(q, k, v) -> bool:
     """Whether only numbers in memory are involved: no gradient, no mode, no subclass."""
     return (
-        type(q) in _PLAIN
-        and type(k) in _PLAIN
-        and type(v) in _PLAIN
+        type(q) in PLAIN
+        and type(k) in PLAIN
+        and type(v) in PLAIN
         and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and no_mode()
         and not q.is_meta
     )
 
 
-def _refuse_tangents(*tensors) -> None:
+def no_mode() -> bool:
+    """Whether nothing stands between a call and its tensors: fakes, functorch, forward-mode derivatives."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def refuse_tangents(**tensors) -> None:
     """Forward-mode derivatives would be dropped without a word."""
     if forward_ad._current_level < 0:
         return
-    for name, x in zip("qkv", tensors, strict=True):
+    for name, x in tensors.items():
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{name} is a forward-mode dual; supported: reverse-mode gradients")
 
@@ -145,7 +161,7 @@ def _new_plan(key: tuple | None, q, k, v, lengths: Lengths | None, options: tupl
     plan = dispatch.backend_for(spec).forward(spec)
     if log.enabled():
         log.once(str(dispatch.explanation(spec)))
-    _remember(_forward_plans, key, (plan, looks_at_lengths))
+    remember(_forward_plans, key, (plan, looks_at_lengths))
     return plan, looks_at_lengths
 
 
@@ -154,11 +170,12 @@ def _backward_plan(spec):
     if plan is None:
         make = dispatch.backend_for(spec).backward
         plan = (make and make(spec)) or reference.backward(spec)
-        _remember(_backward_plans, spec, plan)
+        remember(_backward_plans, spec, plan)
     return plan
 
 
-def _remember(plans: dict, key, value) -> None:
+def remember(plans: dict, key, value) -> None:
+    """Keep a decision, if its question has a key."""
     if key is None:
         return
     if len(plans) >= MAX_PLANS:

@@ -65,7 +65,7 @@ def rows_per_block(batch: int, num_heads: int) -> int:
 def forward(spec: AttentionSpec):
     """The plan for a question: (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) -> (out, lse)."""
 
-    @_in_full_precision(spec)
+    @in_full_precision(spec)
     def plan(q, k, v, *lengths):
         out = q.new_zeros(spec.out_shape)
         lse = q.new_full(spec.lse_shape, -math.inf, dtype=spec.lse_dtype)
@@ -83,7 +83,7 @@ def forward(spec: AttentionSpec):
 def backward(spec: AttentionSpec):
     """The plan for gradients: (dout, dlse or None, q, k, v, out, lse, cu_seqlens_q, ...) -> (dq, dk, dv)."""
 
-    @_in_full_precision(spec)
+    @in_full_precision(spec)
     def plan(dout, dlse, q, k, v, out, lse, *lengths):
         delta = row_delta(dout, dlse, out, lse)
         grads = tuple(x.new_zeros(x.shape) for x in (q, k, v))
@@ -211,7 +211,7 @@ def blocks(whole: range, size: int) -> Iterator[range]:
         yield range(start, min(start + size, whole.stop))
 
 
-def _in_full_precision(spec: AttentionSpec):
+def in_full_precision(spec):
     """Decorator: no gradient recording, and no autocast, which would round float32 products to 16 bits."""
 
     def decorate(plan):

@@ -38,7 +38,7 @@ class Window:
 
     def __post_init__(self) -> None:
         for side in (self.left, self.right):
-            _check_int("window_size", side, UNLIMITED)
+            check_int("window_size", side, UNLIMITED)
 
     def __str__(self) -> str:
         return "full" if self.full else "causal" if self.causal else f"window ({self.left}, {self.right})"
@@ -125,6 +125,17 @@ class AttentionSpec:
         return 0 in (self.batch, self.seqlen_q, self.seqlen_k, self.total_q, self.total_k)
 
     @property
+    def question(self) -> str:
+        """One line for explain()."""
+        kind = "varlen" if self.varlen else "dense"
+        return (
+            f"{kind} attention, {dtype_name(self.dtype)} on {self.device}: batch {self.batch}, "
+            f"{self.seqlen_q} queries x {self.seqlen_k} keys, {self.num_heads} heads over "
+            f"{self.num_kv_heads}, head_dim {self.head_dim}/{self.head_dim_v}, {self.window}, "
+            f"softcap {self.softcap:g}"
+        )
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
         rows = (self.total_q,) if self.varlen else (self.batch, self.seqlen_q)
         return (*rows, self.num_heads, self.head_dim_v)
@@ -141,6 +152,11 @@ class AttentionSpec:
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, and float64 for float64 inputs: also the type in which the reference computes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, without the module in front."""
+    return str(dtype).removeprefix("torch.")
 
 
 def attention_spec(q, k, v, lengths: Lengths | None, options: Options) -> AttentionSpec:
@@ -192,19 +208,19 @@ def window_sides(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
     try:
         left, right = window_size
     except (TypeError, ValueError):
-        _refuse(ValueError, "window_size", window_size, "a pair (left, right) of integers, -1 for unlimited")
+        refuse(ValueError, "window_size", window_size, "a pair (left, right) of integers, -1 for unlimited")
     if type(left) is not int or type(right) is not int:
-        _check_int("window_size", left, UNLIMITED)
-        _check_int("window_size", right, UNLIMITED)
+        check_int("window_size", left, UNLIMITED)
+        check_int("window_size", right, UNLIMITED)
         left, right = int(left), int(right)
     if left < UNLIMITED or right < UNLIMITED:
-        _refuse(ValueError, "window_size", window_size, "sides of at least 0, or -1 for unlimited")
+        refuse(ValueError, "window_size", window_size, "sides of at least 0, or -1 for unlimited")
     if causal is False:
         return left, right
     if causal is not True:
-        _refuse(TypeError, "causal", causal, "True or False")
+        refuse(TypeError, "causal", causal, "True or False")
     if right > 0:
-        _refuse(ValueError, "window_size", window_size, "right side 0 or -1 together with causal=True")
+        refuse(ValueError, "window_size", window_size, "right side 0 or -1 together with causal=True")
     return left, 0
 
 
@@ -212,14 +228,14 @@ def check_types(q, k, v, lengths: Lengths | None) -> None:
     """Raise unless tensors are tensors and lengths integers: what operators call a schema mismatch."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
-            _refuse(TypeError, name, type(x).__name__, "a torch.Tensor")
+            refuse(TypeError, name, type(x).__name__, "a torch.Tensor")
     if lengths is None:
         return
     for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True):
         if not isinstance(x, torch.Tensor) and not (x is None and name in ("seqused_q", "seqused_k")):
-            _refuse(TypeError, name, type(x).__name__, "a torch.Tensor of dtype int32")
+            refuse(TypeError, name, type(x).__name__, "a torch.Tensor of dtype int32")
     for name, x in zip(Lengths._fields[4:], lengths[4:], strict=True):
-        _check_int(name, x, 0)
+        check_int(name, x, 0)
 
 
 def check_options(options: Options) -> Options:
@@ -229,8 +245,8 @@ def check_options(options: Options) -> Options:
         scale = _check_real("softmax_scale", scale, "a finite number, or None for 1 / sqrt(head_dim)")
     softcap = _check_real("softcap", softcap, "a finite number, 0 for none")
     if softcap < 0:
-        _refuse(ValueError, "softcap", softcap, "at least 0 (0: none)")
-    _check_int("sm_margin", sm_margin, 0)
+        refuse(ValueError, "softcap", softcap, "at least 0 (0: none)")
+    check_int("sm_margin", sm_margin, 0)
     return Options(scale, left, right, softcap, sm_margin)
 
 
@@ -241,113 +257,123 @@ def check_tensors(q, k, v, lengths: Lengths | None) -> None:
         form, rank = "(total, heads, head_dim) with cu_seqlens", 3
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.layout != torch.strided:
-            _refuse(ValueError, name, f"a tensor with layout {x.layout}", "torch.strided")
+            refuse(ValueError, name, f"a tensor with layout {x.layout}", "torch.strided")
         if x.dim() != rank:
-            _refuse(ValueError, name, f"a tensor of shape {tuple(x.shape)}", f"{rank} dimensions {form}")
-        _check_dtype(name, x.dtype, q.dtype)
+            refuse(ValueError, name, f"a tensor of shape {tuple(x.shape)}", f"{rank} dimensions {form}")
+        check_dtype(name, x.dtype, q.dtype)
         if x.device != q.device:
-            _refuse(ValueError, name, f"on {x.device}", f"the device of q, {q.device}")
-    _check_shapes(q, k, v)
+            refuse(ValueError, name, f"on {x.device}", f"the device of q, {q.device}")
+    if lengths is None and k.shape[0] != q.shape[0]:
+        refuse(ValueError, "k", f"of batch size {k.shape[0]}", f"the batch size of q, {q.shape[0]}")
+    check_heads(q, k, v)
     if lengths is not None:
         _check_lengths(q, lengths)
 
 
-def _check_dtype(name: str, dtype: torch.dtype, expected: torch.dtype) -> None:
+def check_dtype(name: str, dtype: torch.dtype, expected: torch.dtype) -> None:
+    """Raise unless a tensor of this dtype may be, and go with q of dtype `expected`."""
     if dtype in DTYPES:
         if dtype != expected:
-            _refuse(TypeError, name, f"of dtype {dtype}", f"the dtype of q, {expected}")
+            refuse(TypeError, name, f"of dtype {dtype}", f"the dtype of q, {expected}")
     elif dtype.is_floating_point and dtype.itemsize == 1:
-        _refuse(NotImplementedError, name, f"of dtype {dtype}", "16 bits and wider; FP8 is not written yet")
+        refuse(NotImplementedError, name, f"of dtype {dtype}", "16 bits and wider; FP8 is not written yet")
     else:
-        _refuse(TypeError, name, f"of dtype {dtype}", ", ".join(map(str, DTYPES)))
+        refuse(TypeError, name, f"of dtype {dtype}", ", ".join(map(str, DTYPES)))
 
 
-def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_heads(q, k, v, names: tuple[str, str] = ("k", "v")) -> None:
+    """Raise unless heads and head_dims fit together; `names` of k and v, which end in (heads, head_dim)."""
+    name_k, name_v = names
     rows, heads, head_dim = tuple(k.shape[:-2]), k.shape[-2], k.shape[-1]
-    if q.dim() == 4 and k.shape[0] != q.shape[0]:
-        _refuse(ValueError, "k", f"of batch size {k.shape[0]}", f"the batch size of q, {q.shape[0]}")
     if tuple(v.shape[:-2]) != rows:
-        _refuse(ValueError, "v", f"of shape {tuple(v.shape)}", f"as many keys as k, {rows}")
+        refuse(ValueError, name_v, f"of shape {tuple(v.shape)}", f"as many keys as {name_k}, {rows}")
     if v.shape[-2] != heads:
-        _refuse(ValueError, "v", f"of {v.shape[-2]} heads", f"the heads of k, {heads}")
+        refuse(ValueError, name_v, f"of {v.shape[-2]} heads", f"the heads of {name_k}, {heads}")
     if heads == 0 or q.shape[-2] == 0 or q.shape[-2] % heads != 0:
-        was = f"of {q.shape[-2]} heads with k of {heads}"
-        _refuse(ValueError, "q", was, "a positive multiple of the heads of k (MHA, GQA, MQA)")
+        was = f"of {q.shape[-2]} heads with {name_k} of {heads}"
+        refuse(ValueError, "q", was, f"a positive multiple of the heads of {name_k} (MHA, GQA, MQA)")
     if q.shape[-1] == 0:
-        _refuse(ValueError, "q", "of head_dim 0", "head_dim of at least 1")
+        refuse(ValueError, "q", "of head_dim 0", "head_dim of at least 1")
     if head_dim != q.shape[-1]:
-        _refuse(ValueError, "k", f"of head_dim {head_dim}", f"the head_dim of q, {q.shape[-1]}")
+        refuse(ValueError, name_k, f"of head_dim {head_dim}", f"the head_dim of q, {q.shape[-1]}")
     if v.shape[-1] == 0:
-        _refuse(ValueError, "v", "of head_dim 0", "head_dim of at least 1; it may differ from that of q")
+        refuse(ValueError, name_v, "of head_dim 0", "head_dim of at least 1; it may differ from that of q")
 
 
 def _check_lengths(q: torch.Tensor, lengths: Lengths) -> None:
-    expected = None
+    batch = None
     for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True):
-        if x is None:
-            continue
-        if x.dtype != torch.int32:
-            _refuse(TypeError, name, f"of dtype {x.dtype}", "torch.int32")
-        if x.device != q.device:
-            _refuse(ValueError, name, f"on {x.device}", f"the device of q, {q.device}")
-        form = "(batch + 1,), one dimension" if name.startswith("cu_") else "(batch,), one dimension"
-        if x.dim() != 1 or not x.is_contiguous():
-            was = f"of shape {tuple(x.shape)}, strides {x.stride()}"
-            _refuse(ValueError, name, was, f"{form}, contiguous")
-        batch = x.shape[0] - 1 if name.startswith("cu_") else x.shape[0]
-        if expected is None:
-            expected = batch
-            if batch < 0:
-                _refuse(ValueError, name, "empty", f"{form}: at least the leading 0")
-        elif batch != expected:
-            _refuse(ValueError, name, f"for {batch} sequences", f"the batch size of cu_seqlens_q, {expected}")
+        if x is not None:
+            batch = check_vector(name, x, q.device, batch, "the batch size of cu_seqlens_q")
+
+
+def check_vector(name: str, x: torch.Tensor, device, batch: int | None, whose: str) -> int:
+    """The number of sequences that an int32 vector describes; raises unless it is `batch`, if given."""
+    if x.dtype != torch.int32:
+        refuse(TypeError, name, f"of dtype {x.dtype}", "torch.int32")
+    if x.device != device:
+        refuse(ValueError, name, f"on {x.device}", f"the device of q, {device}")
+    form = "(batch + 1,), one dimension" if name.startswith("cu_") else "(batch,), one dimension"
+    if x.dim() != 1 or not x.is_contiguous():
+        was = f"of shape {tuple(x.shape)}, strides {x.stride()}"
+        refuse(ValueError, name, was, f"{form}, contiguous")
+    found = x.shape[0] - 1 if name.startswith("cu_") else x.shape[0]
+    if found < 0:
+        refuse(ValueError, name, "empty", f"{form}: at least the leading 0")
+    if batch is not None and found != batch:
+        refuse(ValueError, name, f"for {found} sequences", f"{whose}, {batch}")
+    return found
 
 
 def check_contents(lengths: Lengths, total_q: int, total_k: int) -> None:
     """Raise unless the numbers inside the length tensors make sense. On a GPU this waits for the device."""
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
-    _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, total_q)
-    _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, total_k)
+    check_starts("q", cu_seqlens_q, seqused_q, max_seqlen_q, total_q)
+    check_starts("k", cu_seqlens_k, seqused_k, max_seqlen_k, total_k)
 
 
-def _check_side(side: str, cu_seqlens, seqused, max_seqlen: int, total: int) -> None:
+def check_starts(side: str, cu_seqlens, seqused, max_seqlen: int, total: int) -> list[int]:
+    """The lengths of packed sequences; raises unless they make sense. `side`: what the arguments end in."""
     starts = cu_seqlens.tolist()
     lengths = [after - before for before, after in itertools.pairwise(starts)]
     name = f"cu_seqlens_{side}"
     if starts[0] < 0:
-        _refuse(ValueError, name, f"starting at {starts[0]}", "starts of at least 0")
+        refuse(ValueError, name, f"starting at {starts[0]}", "starts of at least 0")
     if min(lengths, default=0) < 0:
         i = next(i for i, n in enumerate(lengths) if n < 0)
         was = f"falling from {starts[i]} to {starts[i + 1]} at {i}"
-        _refuse(ValueError, name, was, "starts that never fall")
+        refuse(ValueError, name, was, "starts that never fall")
     if starts[-1] > total:
-        _refuse(ValueError, name, f"ending at {starts[-1]}", f"at most the {total} rows of {side}")
+        refuse(ValueError, name, f"ending at {starts[-1]}", f"at most the {total} rows of {side}")
     if seqused is not None:
         used = seqused.tolist()
         for i, (n, room) in enumerate(zip(used, lengths, strict=True)):
             if not 0 <= n <= room:
                 supported = f"0 to {room}, the length of that sequence"
-                _refuse(ValueError, f"seqused_{side}", f"{n} at {i}", supported)
+                refuse(ValueError, f"seqused_{side}", f"{n} at {i}", supported)
         lengths = used
     longest = max(lengths, default=0)
     if longest > max_seqlen:
-        _refuse(ValueError, f"max_seqlen_{side}", max_seqlen, f"at least {longest}, the longest sequence")
+        refuse(ValueError, f"max_seqlen_{side}", max_seqlen, f"at least {longest}, the longest sequence")
+    return lengths
 
 
-def _check_int(name: str, x, least: int) -> None:
+def check_int(name: str, x, least: int) -> None:
+    """Raise unless x is an int (no bool) of at least `least`."""
     if isinstance(x, bool) or not isinstance(x, _INTEGERS):
-        _refuse(TypeError, name, f"{x!r} ({type(x).__name__})", "int")
+        refuse(TypeError, name, f"{x!r} ({type(x).__name__})", "int")
     if x < least:
-        _refuse(ValueError, name, x, f"at least {least}")
+        refuse(ValueError, name, x, f"at least {least}")
 
 
 def _check_real(name: str, x, supported: str) -> float:
     if isinstance(x, bool) or not isinstance(x, _REALS):
-        _refuse(TypeError, name, f"{x!r} ({type(x).__name__})", supported)
+        refuse(TypeError, name, f"{x!r} ({type(x).__name__})", supported)
     if not -_LARGEST <= x <= _LARGEST:  # NaN and infinities; comparisons are what torch.compile can trace
-        _refuse(ValueError, name, x, supported)
+        refuse(ValueError, name, x, supported)
     return x if isinstance(x, (torch.SymFloat, torch.SymInt)) else float(x)
 
 
-def _refuse(error: type[Exception], name: str, was, supported: str) -> NoReturn:
+def refuse(error: type[Exception], name: str, was, supported: str) -> NoReturn:
+    """Raise in the words of all errors here."""
     raise error(f"{name} is {was}; supported: {supported}")

@@ -32,7 +32,7 @@ def assert_right(case: Case, inputs: Inputs, out, lse, factor: float = 2.0) -> N
     """Raise AssertionError unless out and lse of a case are within budget; looks at declared rows only."""
     out_exact, lse_exact = exact(case, inputs)
     out_low, lse_low = low_precision(case, inputs)
-    band = _lse_band(lse_exact) if case.dtype.itemsize == 2 else None
+    band = lse_band(lse_exact) if case.dtype.itemsize == 2 else None
     whole = slice(None)
     for rows in [of_q for of_q, _ in inputs.slices] if case.varlen else [whole]:
         at = (whole, rows) if case.varlen else whole
@@ -40,7 +40,7 @@ def assert_right(case: Case, inputs: Inputs, out, lse, factor: float = 2.0) -> N
         assert_within_budget(lse[at], lse_exact[at], lse_low[at], f"{case.id} lse", factor, band)
 
 
-def _lse_band(lse_exact: torch.Tensor) -> float:
+def lse_band(lse_exact: torch.Tensor) -> float:
     """Absolute; far from 0 the spacing of float32 numbers is more than the band."""
     finite = lse_exact[lse_exact.isfinite()].abs()
     largest = float(finite.max()) if finite.numel() else 0.0

@@ -12,7 +12,7 @@ LAYOUTS = ("bshd", "qkvpacked", "bhsd", "expanded")
 VALUES = ("normal", "integers", "uniform")
 MARGIN = 8  # rows of NaN before and after what is declared, if poisoned
 
-_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Case:
             parts.append("varlen" + ("-used" if self.used_q or self.used_k else ""))
         if self.layout != "bshd":
             parts.append(self.layout)
-        return "-".join([*parts, _DTYPE_NAMES[self.dtype]])
+        return "-".join([*parts, DTYPE_NAMES[self.dtype]])
 
 
 @dataclasses.dataclass
