@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 
+import tandem_attn
 from tandem_attn import cli
 from tandem_attn.bench import UserError
 from tandem_attn.demo import display, model, plot, session, text, train
-from tandem_attn.demo.generate import generate
+from tandem_attn.demo.generate import Passage, compare, generate
 
 SMALL = model.Shape(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, context=16)
 
@@ -185,14 +186,45 @@ def test_gradients_tell_a_slightly_wrong_attention():
 
 def test_each_byte_is_drawn_from_the_model_after_all_before_it():
     transformer = model.Transformer(SMALL, model.tandem, seed=0)
-    transformer.head.weight.data *= 200  # sure of itself: drawing is choosing the likeliest
-    prompt = b"a prompt that is longer than the context"
-    written = bytes(generate(transformer, prompt, 5, seed=0))
-    assert len(written) == 5
+    transformer.head.weight.data *= 5000  # sure of itself: drawing is choosing the likeliest
+    prompt, passages = b"a prompt", []
+    written = bytes(generate(transformer, prompt, 9, 0, passages))
+    assert len(written) == 9
     whole = prompt + written
     for place in range(len(prompt), len(whole)):
-        seen = torch.tensor([list(whole[place - 16 : place])])
-        assert transformer(seen)[0, -1].argmax() == whole[place]
+        assert transformer(torch.tensor([list(whole[:place])]))[0, -1].argmax() == whole[place]
+    (passage,) = passages
+    assert bytes(passage.seen) == whole[:-1]
+
+
+@pytest.mark.parametrize("length", [1, 16, 40])
+def test_a_full_cache_is_filled_anew(length):
+    transformer = model.Transformer(SMALL, model.tandem, seed=0)
+    prompt, passages = bytes(range(length)), []
+    whole = prompt + bytes(generate(transformer, prompt, 30, 0, passages))
+    end = length
+    for i, passage in enumerate(passages):
+        seen = passage.seen
+        assert len(seen) <= 16
+        end += len(passage.logits)
+        assert bytes(seen) == whole[end - 1 - len(seen) : end - 1]
+        if i:
+            assert len(seen) - len(passage.logits) + 1 == 8, "the first pass sees half of a context"
+    assert end == len(whole)
+    match = compare(transformer, passages)
+    assert match.places == match.same_choice == 30
+    assert match.within(1e-5)
+
+
+def test_what_is_apart_is_seen_and_nan_is_far():
+    transformer = model.Transformer(SMALL, model.tandem, seed=0)
+    tokens = [*b"some text"]
+    right = transformer(torch.tensor([tokens]))[0].detach()
+    moved = right + 0.25 * torch.eye(9, 256)
+    assert compare(transformer, [Passage(tokens, [*moved[4:]])]).apart == pytest.approx(0.25)
+    moved[8, 3] = math.nan
+    match = compare(transformer, [Passage(tokens[:3], [*right[:3]]), Passage(tokens, [*moved[4:]])])
+    assert (match.places, match.apart, match.within(1e9)) == (8, math.inf, False)
 
 
 def test_a_seed_writes_the_same_again():
@@ -220,7 +252,10 @@ def test_the_demo_from_end_to_end(demo, tmp_path, capsys, monkeypatch):
     assert f"loss curves: {path}\n" in printed
     assert "answered by torch" in printed
     assert re.search(r"60 steps in [\d.]+ s: [\d,]+ tokens/s; loss in nats per byte 5\.\d+ -> 3\.", printed)
-    assert re.search(r"60 tokens in [\d.]+ s: \d+ tokens/s.*no KV cache yet", printed)
+    assert re.search(r"60 tokens in [\d.]+ s: \d+ tokens/s, by flash_attn_with_kvcache", printed)
+    assert re.search(r"logits apart .* a pass without a cache +\d\.\de-0[5-9], the largest is", printed)
+    assert "the likeliest byte is the same at 60 of 60 places" in printed
+    assert "the same: decoding continues what a whole pass computes" in printed
     assert re.search(r"loss curves +\d\.\de-\d+ nats at step \d+ \(tolerance 0.01", printed)
     assert "the same: tandem_attn trains as torch does" in printed
 
@@ -246,6 +281,26 @@ def nan(q, k, v, right=model.sdpa):
 def test_a_torch_that_disagrees_is_exit_status_1(demo, monkeypatch, capsys, wrong):
     monkeypatch.setattr(model, "sdpa", wrong)
     assert demo("--steps", "30") == 1
+    assert "NOT the same" in capsys.readouterr().out
+
+
+DECODED = {
+    "positions from 0 on": dict(rotary_seqlens=torch.zeros(1, dtype=torch.int32)),
+    "pairs of neighbours": dict(rotary_interleaved=True),
+    "one key not seen": dict(cache_leftpad=torch.ones(1, dtype=torch.int32)),
+    "another scale": dict(softmax_scale=0.3),
+}
+
+
+@pytest.mark.parametrize("mistake", DECODED)
+def test_decoding_that_disagrees_is_exit_status_1(demo, monkeypatch, capsys, mistake):
+    right = tandem_attn.flash_attn_with_kvcache
+
+    def wrong(*args, **kwargs):
+        return right(*args, **kwargs | DECODED[mistake])
+
+    monkeypatch.setattr(tandem_attn, "flash_attn_with_kvcache", wrong)
+    assert demo("--steps", "5", "--no-compare") == 1
     assert "NOT the same" in capsys.readouterr().out
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Rewrite the tables of README.md from benchmarks/results/*.json, so that no number is typed by hand.
 
-A table lies between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is forward-GROUP (a group of `bench
-forward`) or overhead, and may be followed by the name of a result file; without it the newest result that
-holds such numbers is taken. With --check nothing is written, and the exit status is 1 if something would be.
+A table lies between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is forward-GROUP or decode-GROUP (a
+group of `bench forward` or `bench decode`) or overhead, and may be followed by the name of a result file;
+without it the newest result that holds such numbers is taken. A decode table of no result says so. With
+--check nothing is written, and the exit status is 1 if something would be.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- /table -->)", re.D
 OPENING = re.compile(r"<!-- table: ")
 OURS = "tandem"
 RECORDED = " (recorded)"
+STAR = "\\* recorded earlier on a card of the same kind, not in this run."
+NOT_MEASURED = "Not measured yet."
 
 
 class TableError(Exception):
     """A marker or a result that no table can be made of."""
+
+
+class NoResult(TableError):
+    """Nothing of the kind has been measured."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,17 +79,27 @@ def table(name: str, results: pathlib.Path) -> str:
         lines = overhead_table(document)
     elif kind.startswith("forward-"):
         group = kind.removeprefix("forward-")
-        path, document = _result(results, file, lambda d: _holds(d, group), name)
+        path, document = _result(results, file, lambda d: _holds(d, "forward", group), name)
         records = [record for record in document["cases"] if record["group"] == group]
         lines = grid_table(records) if group == "grid" else group_table(records)
         lines += ["", *notes(document, group, records)]
+    elif kind.startswith("decode-"):
+        group = kind.removeprefix("decode-")
+        try:
+            path, document = _result(results, file, lambda d: _holds(d, "decode", group), name)
+        except NoResult:
+            if file:
+                raise
+            return NOT_MEASURED + "\n"
+        records = [record for record in document["cases"] if record["group"] == group]
+        lines = [*decode_table(records), "", decode_notes(document, group, records)]
     else:
-        raise TableError(f"table {name!r} is unknown; supported: overhead, forward-GROUP")
+        raise TableError(f"table {name!r} is unknown; supported: overhead, forward-GROUP, decode-GROUP")
     return "\n".join([*lines, "", source(path, document), ""])
 
 
-def _holds(document: dict, group: str) -> bool:
-    return document["kind"] == "forward" and any(r["group"] == group for r in document["cases"])
+def _holds(document: dict, kind: str, group: str) -> bool:
+    return document["kind"] == kind and any(r["group"] == group for r in document["cases"])
 
 
 def _result(results: pathlib.Path, file: str, wanted, name: str) -> tuple[pathlib.Path, dict]:
@@ -97,7 +114,7 @@ def _result(results: pathlib.Path, file: str, wanted, name: str) -> tuple[pathli
         if "kind" in document and wanted(document):
             found.append((document["environment"]["date"], path, document))
     if not found:
-        raise TableError(f"no result in {results} has what table {name!r} shows")
+        raise NoResult(f"no result in {results} has what table {name!r} shows")
     _, path, document = max(found, key=lambda entry: entry[:2])
     if not document["complete"]:
         raise TableError(f"{path.name} is of a run that was cut off")
@@ -177,8 +194,56 @@ def notes(document: dict, group: str, records: list[dict]) -> list[str]:
             f"Geometric mean of {OURS} / best peer: **{mean['ratio']:.3f}** over {mean['cases']} cases."
         )
     if any((record["best"] or {"name": ""})["name"].endswith(RECORDED) for record in records):
-        found.append("\\* recorded earlier on a card of the same kind, not in this run.")
+        found.append(STAR)
     return [" ".join(found)]
+
+
+def decode_table(records: list[dict]) -> list[str]:
+    """A row per case: our time and bandwidth, the best peer, and the case it is compared with if any is."""
+    compared = any(record["against"] for record in records)
+    header = ["case", "us", "GB/s", "% of copy", "splits", f"best peer us = x {OURS}"]
+    body = []
+    for record in records:
+        ours = record["results"].get(OURS, {})
+        row = [record["id"], *(["wrong result" if "wrong" in ours else "-"] + [""] * 3)]
+        if "median_us" in ours:
+            numbers = (_number(ours["median_us"]), _number(ours["gb_per_s"]), f"{100 * ours['of_copy']:.0f}")
+            row = [record["id"], f"**{numbers[0]}**", *numbers[1:], record["splits"]]
+        row.append(_slower(record["best"]))
+        if compared:
+            row.append(f"{record['against']['ratio']:.3f}" if record["against"] else "")
+        body.append(row)
+    return markdown([*header, *(["bandwidth / baseline's"] if compared else [])], body)
+
+
+def _slower(best: dict | None) -> str:
+    """19.6 fa3* = 1.62: the star says recorded."""
+    if best is None:
+        return ""
+    name = best["name"].removesuffix(RECORDED) + ("\\*" if best["name"].endswith(RECORDED) else "")
+    times = "" if best["ratio"] is None else f" = {best['ratio']:.2f}"
+    return f"{_number(best['median_us'])} {name}{times}"
+
+
+def decode_notes(document: dict, group: str, records: list[dict]) -> str:
+    """How to read a table of times over a KV cache."""
+    copy = _number(document["copy_gb_per_s"])
+    found = [f"GB/s of the keys and values in use; a copy reaches {copy} GB/s, read and written."]
+    means = document["summary"][group]
+    best, flat = means["best"], means["flat"]
+    if best["ratio"] is not None:
+        found.append(
+            f"Best peer's time / {OURS}: geometric mean **{best['ratio']:.3f}**, lowest {best['lowest']:.3f} "
+            f"({best['lowest_case']}), over {best['cases']} cases."
+        )
+    if flat:
+        found.append(f"Slowest / fastest of the rows with the same bytes: **{flat:.3f}**.")
+    bases = dict.fromkeys(record["against"]["id"] for record in records if record["against"])
+    if bases:
+        found.append(f"Baselines: {', '.join(bases)}.")
+    if any((record["best"] or {"name": ""})["name"].endswith(RECORDED) for record in records):
+        found.append(STAR)
+    return " ".join(found)
 
 
 def overhead_table(document: dict) -> list[str]:

@@ -17,6 +17,8 @@ USAGE_ERROR = 2
 COMMANDS = {
     ("demo",): "tandem_attn.demo",
     ("bench", "forward"): "tandem_attn.bench.forward",
+    ("bench", "decode"): "tandem_attn.bench.decode",
+    ("bench", "generate"): "tandem_attn.bench.generate",
     ("bench", "overhead"): "tandem_attn.bench.overhead",
     ("doctor",): "tandem_attn.doctor",
 }
@@ -24,6 +26,8 @@ HELP = {
     "demo": "see exact attention at work on this machine",
     "bench": "measure, after checking every result",
     "forward": "TFLOPS of the forward pass, next to other libraries",
+    "decode": "GB/s of attention over a KV cache, next to other libraries",
+    "generate": "tokens per second of a model that decodes, next to torch's attention",
     "overhead": "host time of a call",
     "doctor": "what is installed, which backend answers, and does it answer right",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -150,14 +151,17 @@ GROUPS = {
 }
 
 
-def select(groups: list[str] | None, part: str | None, device: torch.device) -> list[BenchCase]:
+def select(
+    groups: list[str] | None, part: str | None, device: torch.device, among: dict[str, Callable] | None = None
+) -> list:
     """The cases of these groups with `part` in their name; no groups: all on a GPU, the tiny on a CPU."""
+    among = GROUPS if among is None else among
     if not groups:
-        groups = [name for name in GROUPS if name != "smoke"] if device.type == "cuda" else ["smoke"]
+        groups = [name for name in among if name != "smoke"] if device.type == "cuda" else ["smoke"]
     for group in groups:
-        if group not in GROUPS:
-            raise UserError(f"--group is {group!r}; supported: {', '.join(GROUPS)}")
-    found = [one for group in dict.fromkeys(groups) for one in GROUPS[group]()]
+        if group not in among:
+            raise UserError(f"--group is {group!r}; supported: {', '.join(among)}")
+    found = [one for group in dict.fromkeys(groups) for one in among[group]()]
     kept = [one for one in found if part is None or part in one.id]
     if not kept:
         raise UserError(f"--case {part!r} is in no name; there are: {', '.join(one.id for one in found)}")

@@ -9,48 +9,27 @@ import pathlib
 import torch
 
 import tandem_attn
-from tandem_attn.bench import at_least_one, cases, check, environment, measure, peers, providers, report
+from tandem_attn.bench import cases, check, environment, measure, options, peers, providers, report
 from tandem_attn.bench.cases import BenchCase
+from tandem_attn.bench.options import Settings
 from tandem_attn.bench.providers import OURS, Provider
 from tandem_attn.testing import Inputs
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to measure; the same for every provider."""
-
-    repeats: int = 11
-    idle_ms: float = 50.0
-    checked: bool = True
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench forward`."""
-    groups = ", ".join(cases.GROUPS)
-    names = ", ".join(provider.name for provider in providers.PROVIDERS)
-    parser.add_argument(
-        "--group", action="append", metavar="NAME", help=f"may be repeated; one of {groups} (default: all)"
-    )
-    parser.add_argument("--case", metavar="TEXT", help="only cases with TEXT in their name")
-    parser.add_argument("--providers", metavar="A,B", help=f"only these of {names}")
-    parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write everything measured")
+    known = [provider.name for provider in providers.PROVIDERS]
+    options.add_arguments(parser, cases.GROUPS, known, "launches")
     parser.add_argument("--csv", type=pathlib.Path, metavar="PATH", help="write a line per case and provider")
-    parser.add_argument("--repeats", type=at_least_one, default=11, help="launches per timing (default 11)")
-    parser.add_argument(
-        "--idle-ms", type=_not_negative, default=50.0, help="rest before each timing (default 50)"
-    )
-    parser.add_argument("--no-check", action="store_true", help="time without comparing with plain attention")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report. 1 if a result of ours is wrong or missing, else 0."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-    device = device or torch.device("cpu")
-    settings = Settings(args.repeats, args.idle_ms, not args.no_check)
+    device, settings = options.device(), options.settings(args)
     if settings.checked:
         check.require_asserts()
     chosen = cases.select(args.group, args.case, device)
-    present, absent = providers.select(_names(args.providers), device)
+    present, absent = providers.select(options.names(args.providers), device)
     report.require_writable(args.json, args.csv)
     document = report.new_document("forward", environment.stamp(device), dataclasses.asdict(settings))
     document["recorded_where"] = peers.recorded_where()
@@ -134,14 +113,3 @@ def measure_provider(provider: Provider, one: BenchCase, oracle: check.Oracle, s
 def _failed(record: dict) -> bool:
     ours = record["results"].get(OURS)
     return ours is not None and "median_us" not in ours
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"is {text}; supported: a number of at least 0")
-    return number

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+
+from tandem_attn.bench.options import Settings
 
 WARM_UP = 3
 CYCLES_PER_SECOND = 2e9  # a little above any Hopper clock, so that a sleep is never shorter than asked for
@@ -35,6 +39,33 @@ def time_call(run: Callable[[], object], device: torch.device, repeats: int, idl
         run()
     time.sleep(idle_ms / 1e3)
     return _timing([_wall(run) for _ in range(repeats)])
+
+
+def time_copies(
+    run: Callable[[int], torch.Tensor],
+    copies: int,
+    calls: int,
+    device: torch.device,
+    settings: Settings,
+) -> tuple[Timing, torch.Tensor]:
+    """Time per call of `run(i)`, i going round the copies of its inputs, and what the last call returned.
+
+    On a GPU `calls` of them are one CUDA graph, of which `launches` are replays.
+    """
+    if device.type == "cpu":
+        turns, found = itertools.cycle(range(copies)), []
+        timing = time_call(lambda: found.append(run(next(turns))), device, settings.repeats, settings.idle_ms)
+        return timing, found[-1]
+    graph = torch.cuda.CUDAGraph()
+    run(0)  # whatever is compiled or allocated once
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            last = run(i % copies)
+    last.fill_(math.nan)  # a replay that computes nothing must not pass for a right one
+    timing = time_call(graph.replay, device, settings.repeats, settings.idle_ms)
+    times = (timing.median / calls, timing.fastest / calls, timing.slowest / calls)
+    return Timing(*times, timing.launches, timing.sm_clock_mhz), last.clone()
 
 
 def _wall(run: Callable[[], object]) -> float:

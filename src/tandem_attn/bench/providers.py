@@ -40,13 +40,16 @@ class Provider:
     prepare: Callable[[Case, Inputs], Call]
 
 
-def select(names: list[str] | None, device: torch.device) -> tuple[list[Provider], dict[str, str]]:
+def select(
+    names: list[str] | None, device: torch.device, among: list[Provider] | None = None
+) -> tuple[list[Provider], dict[str, str]]:
     """The providers to run, and why each other one asked for is absent."""
-    known = {provider.name: provider for provider in PROVIDERS}
+    among = PROVIDERS if among is None else among
+    known = {provider.name: provider for provider in among}
     for name in names or ():
         if name not in known:
             raise UserError(f"--providers names {name!r}; supported: {', '.join(known)}")
-    chosen = [known[name] for name in dict.fromkeys(names)] if names else PROVIDERS
+    chosen = [known[name] for name in dict.fromkeys(names)] if names else among
     reasons = {provider.name: provider.absent(device) for provider in chosen}
     present = [provider for provider in chosen if not reasons[provider.name]]
     if not present:
@@ -60,11 +63,13 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:400]
 
 
-def _everywhere(device: torch.device) -> str:
+def everywhere(device: torch.device) -> str:
+    """Absent from nowhere."""
     return ""
 
 
-def _on_cuda_only(device: torch.device) -> str:
+def on_cuda_only(device: torch.device) -> str:
+    """Why a provider that needs CUDA is absent."""
     return "" if device.type == "cuda" else "needs a CUDA device"
 
 
@@ -98,7 +103,7 @@ def _sdpa(backend: str | None, case: Case, inputs: Inputs) -> Call:
         torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=case.causal, **more
     )
     run = attend if backend is None else functools.partial(_with_backend, backend, attend)
-    _try(run)
+    attempt(run)
     windowed = case.window != (-1, -1)
     label = "causal, no window" if windowed else ""
     return Call(run, lambda: (run().transpose(1, 2), None), label, same_question=not windowed)
@@ -111,7 +116,7 @@ def _with_backend(backend: str, attend: Callable[[], torch.Tensor]) -> torch.Ten
         return attend()
 
 
-def _try(run: Callable[[], object]) -> None:
+def attempt(run: Callable[[], object]) -> None:
     """Run once; where torch refuses, its warnings hold the reasons and its error does not."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -144,7 +149,7 @@ def _cudnn_packed(case: Case, inputs: Inputs) -> Call:
         False,
         scale=inputs.scale,
     )
-    _try(run)
+    attempt(run)
     return Call(run, lambda: (run()[0], None), "aten::_cudnn_attention_forward, packed")
 
 
@@ -177,7 +182,7 @@ def _torch_varlen(case: Case, inputs: Inputs) -> Call:
 
 
 def _torch_varlen_absent(device: torch.device) -> str:
-    return _on_cuda_only(device) or _not_importable("torch.nn.attention.varlen")
+    return on_cuda_only(device) or not_importable("torch.nn.attention.varlen")
 
 
 # cuDNN's own frontend: the only way to its sliding window
@@ -227,7 +232,7 @@ def _cudnn_frontend(case: Case, inputs: Inputs) -> Call:
 
 
 def _cudnn_frontend_absent(device: torch.device) -> str:
-    return _on_cuda_only(device) or _not_importable("cudnn")
+    return on_cuda_only(device) or not_importable("cudnn")
 
 
 # FlashAttention
@@ -253,19 +258,21 @@ def _flash(module: str, unlimited: int | None, case: Case, inputs: Inputs) -> Ca
     return Call(run, answer)
 
 
-def _flash_absent(module: str, device: torch.device) -> str:
-    reason = _on_cuda_only(device) or _not_importable(module)
+def flash_absent(module: str, device: torch.device, name: str = "flash_attn_func") -> str:
+    """Why a library with FlashAttention's functions is absent, `name` being the one that is timed."""
+    reason = on_cuda_only(device) or not_importable(module)
     if reason:
         return reason
-    function = getattr(importlib.import_module(module), "flash_attn_func", None)
+    function = getattr(importlib.import_module(module), name, None)
     if function is None:
-        return f"{module} has no flash_attn_func"
+        return f"{module} has no {name}"
     if (getattr(function, "__module__", None) or "").partition(".")[0] == "tandem_attn":
         return f"{module} is tandem_attn under that name"
     return ""
 
 
-def _not_importable(module: str) -> str:
+def not_importable(module: str) -> str:
+    """Why a module cannot be had."""
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken install raises anything
@@ -274,7 +281,7 @@ def _not_importable(module: str) -> str:
 
 
 def _flash_provider(name: str, module: str, unlimited: int | None) -> Provider:
-    absent = functools.partial(_flash_absent, module)
+    absent = functools.partial(flash_absent, module)
     return Provider(name, absent, _any_case, functools.partial(_flash, module, unlimited))
 
 
@@ -284,9 +291,9 @@ def _has_window(case: Case) -> bool:
 
 OURS = "tandem"
 PROVIDERS = [
-    Provider(OURS, _everywhere, _any_case, _tandem),
-    Provider("sdpa-cudnn", _on_cuda_only, _any_case, _sdpa_cudnn),
-    Provider("sdpa-flash", _on_cuda_only, lambda case: not case.varlen, _sdpa_flash),
+    Provider(OURS, everywhere, _any_case, _tandem),
+    Provider("sdpa-cudnn", on_cuda_only, _any_case, _sdpa_cudnn),
+    Provider("sdpa-flash", on_cuda_only, lambda case: not case.varlen, _sdpa_flash),
     Provider(
         "sdpa",
         lambda device: "" if device.type == "cpu" else "its backends are timed by name",

@@ -159,7 +159,7 @@ def remarks(document: dict) -> list[str]:
             if text:
                 known = groups.setdefault(f"{name}: {text}", [])
                 known.append(record["id"])
-    found += [f"{text}  ({_some(ids)})" for text, ids in groups.items()]
+    found += [f"{text}  ({some(ids)})" for text, ids in groups.items()]
     for group, means in document.get("summary", {}).items():
         for kind, what in (("best_live", "best peer of this run"), ("best", "best peer, recorded ones too")):
             mean = means[kind]
@@ -169,7 +169,8 @@ def remarks(document: dict) -> list[str]:
     return found
 
 
-def _some(ids: list[str]) -> str:
+def some(ids: list[str]) -> str:
+    """A few names of many."""
     return ", ".join(ids) if len(ids) <= 3 else f"{ids[0]}, {ids[1]}, ... {len(ids)} cases"
 
 

@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 if torch's attention gives other losses or gradients. UserError for a mistake in the options."""
+    """0; 1 if torch's attention gives other losses or gradients, or a KV cache other logits.
+
+    UserError for a mistake in the options.
+    """
     from tandem_attn.demo import session  # torch and the model, once they are needed
 
     return session.run(args)

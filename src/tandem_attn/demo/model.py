@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,30 @@ class Shape:
         return f"{self.layers} layers, width {self.width}, {heads}, context {self.context}"
 
 
+class KVCache:
+    """Keys and values of the first `length` tokens of one sequence, in every layer."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
+        self.length, self.capacity = 0, shape.context
+        size = (shape.layers, 1, self.capacity, shape.kv_heads, shape.head_dim)
+        self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+
+    def attend(self, layer: int, q, k, v, cos, sin) -> torch.Tensor:
+        """Write k and v behind the tokens that are there and attend to all; q and k come unrotated."""
+        return tandem_attn.flash_attn_with_kvcache(
+            q,
+            self.k[layer],
+            self.v[layer],
+            k,
+            v,
+            rotary_cos=cos.squeeze(1),
+            rotary_sin=sin.squeeze(1),
+            rotary_interleaved=False,
+            cache_seqlens=self.length,
+            causal=True,
+        )
+
+
 class Transformer(nn.Module):
     """Pre-norm decoder with RoPE, RMSNorm, grouped-query attention and SwiGLU.
 
@@ -67,12 +92,16 @@ class Transformer(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self._initialise(torch.Generator().manual_seed(seed))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, seqlen, 256) of the next byte; tokens (batch, seqlen <= context) int64."""
+    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits (batch, seqlen, 256) of the next byte; tokens (batch, seqlen <= context) int64.
+
+        With a cache they are the next tokens of its sequence, and it holds them afterwards.
+        """
         x = self.embedding(tokens)
-        length = tokens.shape[1]
-        for block in self.blocks:
-            x = block(x, self.cos[:length], self.sin[:length])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, self.cos, self.sin, None if cache is None else partial(cache.attend, layer))
+        if cache is not None:
+            cache.length += tokens.shape[1]
         return self.head(self.norm(x))
 
     @torch.no_grad()
@@ -105,13 +134,19 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(shape.width, 2 * shape.hidden, bias=False)
         self.down = nn.Linear(shape.hidden, shape.width, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x (batch, seqlen, width); cos and sin (seqlen, 1, head_dim / 2)."""
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cached=None) -> torch.Tensor:
+        """x (batch, seqlen, width); cos and sin (context, 1, head_dim / 2); cached: KVCache.attend."""
         heads, kv_heads = self.shape.heads, self.shape.kv_heads
         qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (heads + 2 * kv_heads, self.shape.head_dim))
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
-        q, k = rotate(qk, cos, sin).to(v.dtype).split([heads, kv_heads], dim=2)
-        x = x + self.project(self.attention(q, k, v).flatten(2))
+        if cached is None:
+            seqlen = x.shape[1]
+            q, k = rotate(qk, cos[:seqlen], sin[:seqlen]).to(v.dtype).split([heads, kv_heads], dim=2)
+            seen = self.attention(q, k, v)
+        else:
+            q, k = qk.split([heads, kv_heads], dim=2)
+            seen = cached(q, k, v, cos, sin)
+        x = x + self.project(seen.flatten(2))
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 

@@ -16,13 +16,13 @@ from tandem_attn.bench.report import require_writable
 from tandem_attn.demo import model as models
 from tandem_attn.demo import plot, text, train
 from tandem_attn.demo.display import Progress, printable, say
-from tandem_attn.demo.generate import generate
+from tandem_attn.demo.generate import Passage, compare, generate
 
 TIME_LIMIT = 160.0  # seconds after which the second training ends, so that all of it stays under 3 minutes
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, write, train again with torch's attention, draw. 1 if the trainings disagree."""
+    """Train, write, train again with torch's attention, draw. 1 if the trainings disagree, or decoding."""
     with _one_thread():
         return _run(args)
 
@@ -56,13 +56,13 @@ def _run(args: argparse.Namespace) -> int:
     say("\nTraining with tandem_attn.flash_attn_func")
     history = _train(model, tokens, recipe, args.seed)
     say()
-    _write(model, args.prompt, recipe.written, args.seed)
-    other, agree = None, True
+    agree = _write(model, args.prompt, recipe, args.seed)
+    other = None
     if not args.no_compare:
         say("\nThe same weights and batches with torch's scaled_dot_product_attention")
         twin = models.Transformer(recipe.shape, models.sdpa, args.seed).to(device)
         other = _train(twin, tokens, recipe, args.seed, until=started + TIME_LIMIT)
-        agree = _compare(history, other, recipe, _gradients_apart(model, twin, tokens, recipe))
+        agree &= _compare(history, other, recipe, _gradients_apart(model, twin, tokens, recipe))
     _draw(args.output, history, other, str(recipe.shape))
     say(f"{time.monotonic() - started:.0f} s in all")
     return 0 if agree else 1
@@ -90,8 +90,7 @@ def _introduce(model: models.Transformer, tokens: text.Text, recipe: train.Recip
     say(f"text       {tokens}")
     say(f"model      {parameters:,} parameters: {shape}")
     say(f"training   {recipe.steps} steps of {recipe.batch} x {shape.context} bytes, AdamW, seed {seed}")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options = {"dtype": dtype, "device": device}
+    options = {"dtype": train.precision_dtype(device), "device": device}
     q = torch.zeros(recipe.batch, shape.context, shape.heads, shape.head_dim, **options)
     k = torch.zeros(recipe.batch, shape.context, shape.kv_heads, shape.head_dim, **options)
     explanation = tandem_attn.explain(q, k, k, causal=True)
@@ -118,21 +117,30 @@ def _train(
     return history
 
 
-def _write(model: models.Transformer, prompt: str, count: int, seed: int) -> None:
-    """The prompt and what the model makes of it, as it comes."""
+def _write(model: models.Transformer, prompt: str, recipe: train.Recipe, seed: int) -> bool:
+    """The prompt and what the model makes of it, as it comes; whether the KV cache changes nothing in it."""
     say("What it writes")
     margin = "  | "
     say(margin + printable(prompt).replace("\n", "\n" + margin), end="")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     started = time.perf_counter()
-    for byte in generate(model, prompt.encode(errors="surrogateescape"), count, seed):
+    passages: list[Passage] = []
+    for byte in generate(model, prompt.encode(errors="surrogateescape"), recipe.written, seed, passages):
         say(printable(decoder.decode(bytes([byte]))).replace("\n", "\n" + margin), end="")
     seconds = time.perf_counter() - started
     say()
+    count, match = recipe.written, compare(model, passages)
+    agree = match.within(recipe.logits)
+    passes = f"{len(passages)} passes" if len(passages) > 1 else "a pass"
     say(
-        f"  {count} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s. Each token computes the whole "
-        "prefix again: there is no KV cache yet"
+        f"  {count} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s, by "
+        "flash_attn_with_kvcache over a KV cache\n"
+        f"  logits apart from those of {passes} without a cache   {match.apart:.1e}, the largest is "
+        f"{match.largest:.1f} (tolerance {recipe.logits:g} of it)\n"
+        f"  the likeliest byte is the same at {match.same_choice} of {match.places} places\n"
+        f"  {'the same: decoding continues what a whole pass computes' if agree else 'NOT the same'}"
     )
+    return agree
 
 
 def _gradients_apart(model, twin, tokens: text.Text, recipe: train.Recipe) -> float:

@@ -26,7 +26,8 @@ class Recipe:
     `apart` bounds the difference of the loss curves in nats per byte. It is wide, since training doubles a
     difference again and again until it saturates: for CPU at 0.035, seen with noise of 0.1 % in attention.
     `gradients` bounds the difference of the gradients at equal weights, relative to their size. That is the
-    sharper check: nothing has grown yet.
+    sharper check: nothing has grown yet. `logits` bounds those of decoding, relative to the largest: in
+    bfloat16 they are themselves rounded to 1/256.
     """
 
     shape: Shape
@@ -37,6 +38,7 @@ class Recipe:
     written: int  # bytes to generate
     apart: float
     gradients: float
+    logits: float = 1e-4
 
     @property
     def tokens(self) -> int:
@@ -48,10 +50,9 @@ CPU = Recipe(Shape(4, 64, 4, 2, 16, 256), 4, 600, 6e-3, held_out=32, written=400
 QUICK = Recipe(Shape(2, 32, 4, 2, 8, 64), 8, 60, 6e-3, held_out=32, written=60, apart=0.01, gradients=1e-4)
 # bfloat16 rounds 65,536 times more coarsely than float32. Sized without a run on a GPU; in bfloat16 on a CPU,
 # GPU_QUICK's gradients are 0.003 apart between the reference and torch's kernel (2026-11-25)
-GPU = Recipe(Shape(6, 384, 6, 2, 64, 1024), 8, 300, 1e-3, held_out=16, written=400, apart=0.1, gradients=0.02)
-GPU_QUICK = Recipe(
-    Shape(2, 128, 2, 1, 64, 128), 8, 60, 3e-3, held_out=16, written=60, apart=0.1, gradients=0.02
-)
+BFLOAT16 = dict(apart=0.1, gradients=0.02, logits=0.05)
+GPU = Recipe(Shape(6, 384, 6, 2, 64, 1024), 8, 300, 1e-3, held_out=16, written=400, **BFLOAT16)
+GPU_QUICK = Recipe(Shape(2, 128, 2, 1, 64, 128), 8, 60, 3e-3, held_out=16, written=60, **BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,13 @@ def recipe_for(device: torch.device, quick: bool, steps: int | None) -> Recipe:
 
 def precision(device: torch.device) -> contextlib.AbstractContextManager:
     """bfloat16 where there are tensor cores, else float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    dtype = precision_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def precision_dtype(device: torch.device) -> torch.dtype:
+    """The type that `precision` computes in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def loss_of(model: Transformer, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

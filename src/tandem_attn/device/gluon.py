@@ -9,6 +9,7 @@ import hashlib
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -17,17 +18,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.language.core import base_value
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "COPIES_OPERANDS",
     "aggregate",
+    "async_copy",
     "base_value",
     "copies_operands",
     "fence_async_shared",
+    "gdc_launch_dependents",
+    "gdc_wait",
     "gl",
     "gluon",
     "mbarrier",
+    "mma_v2",
     "policy",
+    "thread_barrier",
     "tma_load",
     "tma_store",
     "tma_store_wait",
@@ -50,6 +57,7 @@ COPIES_OPERANDS = copies_operands(triton.__version__)
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
 
 if hasattr(gluon, "aggregate"):
     aggregate = gluon.aggregate

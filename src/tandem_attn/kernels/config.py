@@ -48,6 +48,15 @@ class Static:
     def __getattr__(self, name: str):
         return gl.constexpr(getattr(self._config, name))
 
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Static) and self._config == other._config
+
+    def __hash__(self) -> int:
+        return hash(self._config)
+
+    def __repr__(self) -> str:
+        return repr(self._config)
+
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:

@@ -33,6 +33,10 @@ class KernelLauncher:
             from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
             run = self.compiled.run
+            head = (run.launch_cooperative_grid, run.launch_pdl, None, None, self.compiled.packed_metadata)
+            head = (self.compiled.function, *head, None, None, None)
+            if not self.descriptors:  # nothing is wrapped around the C function
+                return run.launch, head
             names = run.launch.__code__.co_freevars
             cells = dict(zip(names, (x.cell_contents for x in run.launch.__closure__), strict=True))
             self._encode = triton.runtime.driver.active.utils.fill_tma_descriptor
@@ -44,8 +48,7 @@ class KernelLauncher:
                 )
                 for m, d in zip(cells["tensordesc_meta"], self.descriptors, strict=True)
             ]
-            head = (run.launch_cooperative_grid, run.launch_pdl, None, None, self.compiled.packed_metadata)
-            return cells["launcher"], (self.compiled.function, *head, None, None, None)
+            return cells["launcher"], head
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
@@ -77,3 +80,21 @@ class KernelLauncher:
         addresses = [None if t is None else t.data_ptr() for t in pointers]
         function, head = self._c_launch
         function(programs, 1, 1, stream, *head, *maps, lse.data_ptr(), *addresses, *numbers, config)
+
+    def launch_flat(self, grid: tuple[int, int, int], stream: int, maps: list, tensors: tuple, rest: tuple):
+        """Enqueue with `maps` (what `encode` gave, or tensors), tensors, and what follows them: tuples of
+        tensors or numbers, numbers, the config."""
+        if not self.fast:
+            self.kernel[grid](*maps, *tensors, *rest, **self.options)
+            return
+        function, head = self._c_launch
+        function(*grid, stream, *head, *map(_address, maps), *map(_address, tensors), *map(_address, rest))
+
+
+def _address(x):
+    """Pointers as int skip a driver query each; tuples of tensors become tuples of them."""
+    if isinstance(x, torch.Tensor):
+        return x.data_ptr()
+    if type(x) is tuple and x and isinstance(x[0], torch.Tensor):
+        return tuple(t.data_ptr() for t in x)
+    return x

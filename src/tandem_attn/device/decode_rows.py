@@ -1,0 +1,283 @@
+"""The arithmetic of decoding: packed query rows of one KV head against tiles of keys.
+
+`WarpKeys`: up to 16 rows, mma.sync. Every warp owns a part of the keys of a tile and keeps a maximum, a sum
+and an output of its own for all rows, so that a loop needs no exchange between warps; they are merged once per
+segment. The 3-D layout makes the warp the batch dimension. `WarpRows`: 64 rows for each warpgroup, wgmma, every
+warp owns 16 rows and sees all keys. Measured against each other and a third way: docs/kernels/decode.md.
+"""
+
+from tandem_attn.device.division import divided
+from tandem_attn.device.gluon import (
+    aggregate,
+    fence_async_shared,
+    gl,
+    gluon,
+    mma_v2,
+    policy,
+    thread_barrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from tandem_attn.device.softmax import soft_capped
+
+
+@aggregate
+class Rows:
+    """What the rows of an item may see."""
+
+    length: gl.tensor  # keys of the sequence
+    pad: gl.tensor
+    offset: gl.tensor  # position of token 0 among the keys
+    row: gl.tensor  # first packed row
+    seen_by_all: gl.tensor  # keys before this one may be seen by every row
+    from_all: gl.tensor  # and from this one on
+    group_magic: gl.tensor
+    window_left: gl.tensor
+    window_right: gl.tensor
+    config: gl.constexpr
+
+    @gluon.jit
+    def partial(self, n0):
+        """Whether some row may not see some key of the tile at n0."""
+        cut = n0 + self.config.tile_n > self.seen_by_all
+        if self.config.left_edge or self.config.has_leftpad:
+            cut = cut | (n0 < self.from_all)
+        return cut
+
+    @gluon.jit
+    def ragged(self, n0):
+        """Whether the tile at n0 has keys that do not exist."""
+        cut = n0 + self.config.tile_n > self.length
+        if self.config.has_leftpad:
+            cut = cut | (n0 < self.pad)
+        return cut
+
+    @gluon.jit
+    def visible(self, r, key):
+        """Whether row r (of the item) may see a key."""
+        last = r * 0 + (self.length - 1)
+        first = r * 0 + self.pad
+        position = divided(self.row + r, self.group_magic) + self.offset
+        if self.config.right_edge:
+            last = gl.minimum(last, position + self.window_right)
+        seen = key <= last
+        if self.config.left_edge:
+            first = gl.maximum(first, position - self.window_left)
+        if self.config.left_edge or self.config.has_leftpad:
+            seen = seen & (key >= first)
+        return seen
+
+
+@gluon.jit
+def clear_ragged(v_smem, stage, rows, n0):
+    """Zeros in the V of keys that do not exist: probabilities there are 0, and 0 * NaN would be NaN."""
+    config: gl.constexpr = rows.config
+    width: gl.constexpr = config.v_width
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [gl.num_warps(), 1], [1, 0])
+    key = n0 + gl.arange(0, config.tile_n, gl.SliceLayout(1, layout))
+    keep = ((key < rows.length) & (key >= rows.pad))[:, None]
+    for c in gl.static_range(config.v_chunks):
+        v = chunk_of(v_smem, stage, c, config.v_chunks, config.v_width, config)
+        v.store(gl.where(keep, v.load(layout), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def chunk_of(smem, stage, c: gl.constexpr, chunks: gl.constexpr, width: gl.constexpr, config: gl.constexpr):
+    """Chunk c of a stage, [tile_n, width]: its pieces lie one after the other."""
+    if config.pieces == 1:
+        return smem.index(stage * chunks + c)
+    else:
+        shape: gl.constexpr = [config.num_stages * chunks, config.tile_n, width]
+        layout: gl.constexpr = config.tile_layout(width)
+        return smem._reinterpret(smem.dtype, shape, layout).index(stage * chunks + c)
+
+
+@aggregate
+class State:
+    """Running maximum (base 2, scaled), sum and output."""
+
+    m: gl.tensor
+    l: gl.tensor
+    o: gl.tuple
+
+
+@policy()
+class WarpKeys:
+    """mma.sync m16n8k16 with the warp as batch: s is [warps, 16, keys of a warp]."""
+
+    config: gl.constexpr
+
+    @gluon.jit
+    def operand(self, q_smem):
+        """Q as left operands, one for each chunk of columns; or where it is, if registers would not do."""
+        if self.config.q_in_registers:
+            parts = ()
+            for c in gl.static_range(self.config.k_chunks):
+                parts = parts + (self._chunk_of_q(q_smem, c),)
+            return parts
+        else:
+            return q_smem
+
+    @gluon.jit
+    def _chunk_of_q(self, q_smem, c: gl.constexpr):
+        config: gl.constexpr = self.config
+        layout: gl.constexpr = gl.DotOperandLayout(0, config.mma, 2)
+        q = gl.expand_dims(q_smem.index(c).load(gl.SliceLayout(0, layout)), 0)
+        like = gl.zeros([config.num_warps, config.tile_m, config.k_width], q_smem.dtype, layout)
+        return gl.broadcast(q, like)[0]
+
+    @gluon.jit
+    def _operand_chunk(self, q, c: gl.constexpr):
+        if self.config.q_in_registers:
+            return q[c]
+        else:
+            return self._chunk_of_q(q, c)
+
+    @gluon.jit
+    def empty(self):
+        config: gl.constexpr = self.config
+        layout: gl.constexpr = gl.SliceLayout(2, config.mma)
+        o = ()
+        for c in gl.static_range(config.v_chunks):
+            o = o + (gl.zeros([config.num_warps, config.tile_m, config.v_width], gl.float32, config.mma),)
+        m = gl.full([config.num_warps, config.tile_m], float("-inf"), gl.float32, layout)
+        return State(m, gl.zeros([config.num_warps, config.tile_m], gl.float32, layout), o)
+
+    @gluon.jit
+    def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
+        config: gl.constexpr = self.config
+        mma: gl.constexpr = config.mma
+        W: gl.constexpr = config.num_warps
+        M: gl.constexpr = config.tile_m
+        keys: gl.constexpr = config.tile_n // W
+        right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+        s = gl.zeros([W, M, keys], gl.float32, mma)
+        for c in gl.static_range(config.k_chunks):
+            k = chunk_of(tiles.k_smem, stage, c, config.k_chunks, config.k_width, config)
+            k = k.reshape([W, keys, config.k_width]).permute((0, 2, 1)).load(right)
+            s = mma_v2(self._operand_chunk(q, c), k, s)
+        if config.softcap:
+            s = soft_capped(s, inner_scale)
+        if rows.partial(n0):
+            warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, mma)))
+            r = gl.arange(0, M, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
+            key = gl.arange(0, keys, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
+            key = n0 + warp[:, None, None] * keys + key[None, None, :]
+            s = gl.where(rows.visible(r[None, :, None], key), s, float("-inf"))
+            if not tiles.clears:
+                if rows.ragged(n0):
+                    clear_ragged(tiles.v_smem, stage, rows, n0)
+        m = gl.maximum(state.m, gl.max(s, 2) * scale_log2)
+        base = gl.where(m == float("-inf"), 0.0, m)  # a warp may have seen masked keys only
+        alpha = gl.exp2(state.m - base)
+        p = gl.exp2(s * scale_log2 - base[:, :, None])
+        l = state.l * alpha + gl.sum(p, 2)
+        p = gl.convert_layout(p.to(config.dtype.value), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+        o = ()
+        for c in gl.static_range(config.v_chunks):
+            v = chunk_of(tiles.v_smem, stage, c, config.v_chunks, config.v_width, config)
+            o = o + (mma_v2(p, v.reshape([W, keys, config.v_width]).load(right), state.o[c] * alpha[:, :, None]),)
+        return State(m, l, o)
+
+    @gluon.jit
+    def finish(self, state, tiles, scratch, stage):
+        """(output chunks [rows, v_width], normalised; base-2 log-sum-exp [rows]): the warps merged."""
+        config: gl.constexpr = self.config
+        layout: gl.constexpr = config.merge_layout
+        W: gl.constexpr = config.num_warps
+        M: gl.constexpr = config.tile_m
+        kept: gl.constexpr = config.kept_rows
+        rows: gl.constexpr = config.rows_stored
+        ml_smem = scratch[0]
+        if config.scratch_fits > 0:  # the stage just left is filled again after the next meeting only
+            thread_barrier()
+            o_smem = tiles.v_smem._reinterpret(gl.float32, config.scratch_in_stages, config.scratch_layout)
+            o_smem = o_smem.index(stage * config.scratch_fits)
+        else:
+            o_smem = scratch[1]
+        ml_smem.index(0).store(state.m)
+        ml_smem.index(1).store(state.l)
+        if kept < M:  # half of the registers hold padding
+            halves = gl.permute(gl.reshape(state.o[0], [W, 2, kept, config.v_width]), (0, 2, 3, 1))
+            low, high = gl.split(halves)
+            o_smem.store(low)
+        else:
+            o_smem.store(state.o[0])
+        by_row: gl.constexpr = gl.SliceLayout(2, layout)
+        m = ml_smem.index(0).slice(0, rows, dim=1).load(by_row)
+        l = ml_smem.index(1).slice(0, rows, dim=1).load(by_row)
+        top = gl.max(m, 0)
+        base = gl.where(top == float("-inf"), 0.0, top)
+        w = gl.exp2(m - base[None, :])
+        total = gl.sum(l * w, 0)
+        w = w * gl.where(total > 0.0, 1.0 / total, 0.0)[None, :]
+        x = gl.sum(o_smem.slice(0, rows, dim=1).load(layout) * w[:, :, None], 0)
+        return (x,), gl.where(total > 0.0, base + gl.log2(total), float("-inf"))
+
+
+@policy()
+class WarpRows:
+    """wgmma of 64 rows for each warpgroup: s is [rows, keys]."""
+
+    config: gl.constexpr
+
+    @gluon.jit
+    def operand(self, q_smem):
+        fence_async_shared()
+        thread_barrier()
+        return q_smem
+
+    @gluon.jit
+    def empty(self):
+        config: gl.constexpr = self.config
+        layout: gl.constexpr = gl.SliceLayout(1, config.o_layout)
+        o = ()
+        for c in gl.static_range(config.v_chunks):
+            o = o + (gl.zeros([config.tile_m, config.v_width], gl.float32, config.o_layout),)
+        m = gl.full([config.tile_m], float("-inf"), gl.float32, layout)
+        return State(m, gl.zeros([config.tile_m], gl.float32, layout), o)
+
+    @gluon.jit
+    def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
+        config: gl.constexpr = self.config
+        by_row: gl.constexpr = gl.SliceLayout(1, config.o_layout)
+        s = gl.zeros([config.tile_m, config.tile_n], gl.float32, config.s_layout)
+        for c in gl.static_range(config.k_chunks):
+            k = chunk_of(tiles.k_smem, stage, c, config.k_chunks, config.k_width, config)
+            s = warpgroup_mma(q.index(c), k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        if config.softcap:
+            s = soft_capped(s, inner_scale)
+        if rows.partial(n0):
+            r = gl.arange(0, config.tile_m, gl.SliceLayout(1, config.s_layout))
+            key = n0 + gl.arange(0, config.tile_n, gl.SliceLayout(0, config.s_layout))
+            s = gl.where(rows.visible(r[:, None], key[None, :]), s, float("-inf"))
+            if not tiles.clears:
+                if rows.ragged(n0):
+                    clear_ragged(tiles.v_smem, stage, rows, n0)
+                    thread_barrier()
+        m = gl.maximum(state.m, gl.convert_layout(gl.max(s, 1), by_row) * scale_log2)
+        base = gl.where(m == float("-inf"), 0.0, m)
+        alpha = gl.exp2(state.m - base)
+        p = gl.exp2(s * scale_log2 - gl.convert_layout(base, gl.SliceLayout(1, config.s_layout))[:, None])
+        l = state.l * alpha + gl.convert_layout(gl.sum(p, 1), by_row)
+        p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, config.o_layout, 2), assert_trivial=True)
+        started = ()
+        for c in gl.static_range(config.v_chunks):
+            v = chunk_of(tiles.v_smem, stage, c, config.v_chunks, config.v_width, config)
+            started = started + (warpgroup_mma(p, v, state.o[c] * alpha[:, None], is_async=True),)
+        o = ()
+        for c in gl.static_range(config.v_chunks):
+            o = o + (warpgroup_mma_wait(0, deps=(started[c],)),)
+        return State(m, l, o)
+
+    @gluon.jit
+    def finish(self, state, tiles, scratch, stage):
+        x = ()
+        some = state.l > 0.0
+        inverse = gl.where(some, 1.0 / state.l, 0.0)
+        for c in gl.static_range(self.config.v_chunks):
+            x = x + (state.o[c] * inverse[:, None],)
+        base = gl.where(state.m == float("-inf"), 0.0, state.m)
+        return x, gl.where(some, base + gl.log2(state.l), float("-inf"))

@@ -1,0 +1,139 @@
+"""Where results of decoding go: partial ones into a workspace, final ones into out and lse; and their merge.
+
+A partial result is a normalised fp32 output and its base-2 log-sum-exp for every row of an item. Partials of
+one item are merged in the order of their keys, so the result does not depend on who arrives when.
+"""
+
+from tandem_attn.device.division import divided
+from tandem_attn.device.gluon import aggregate, gl, gluon
+from tandem_attn.device.softmax import LN2
+
+
+@aggregate
+class Results:
+    """The memory of results, for one KV head."""
+
+    out: gl.tensor  # (batch, seqlen_q, heads, head_dim_v) or (total_q, heads, head_dim_v)
+    lse: gl.tensor  # (batch, heads, seqlen_q) or (heads, total_q)
+    o_part: gl.tensor  # (slots, rows, width of a tile of V)
+    l_part: gl.tensor  # (slots, rows)
+    kv_head: gl.tensor
+    num_kv_heads: gl.tensor
+    rows: gl.tensor  # of an item, that partials are kept for
+    head_dim_v: gl.tensor
+
+    @gluon.jit
+    def places(self, work, item, r, config: gl.constexpr):
+        """(row of out in all of its heads, element of lse, whether it exists) of rows r of an item."""
+        batch = divided(item, work.m_blocks_magic)
+        start, tokens = work.tokens(batch, True)
+        row = (item - batch * work.m_blocks) * config.tile_m + r
+        token = divided(row, work.group_magic)
+        num_heads = self.num_kv_heads * work.group_size
+        head = self.kv_head * work.group_size + (row - token * work.group_size)
+        of_out = (start + token).to(gl.int64) * num_heads + head
+        if config.packed_q:
+            of_lse = head.to(gl.int64) * work.total_q + (start + token)
+        else:
+            of_lse = (batch * num_heads + head).to(gl.int64) * work.seqlen_q + token
+        return of_out, of_lse, token < tokens
+
+
+@gluon.jit
+def store_result(results, work, item, x, lse, config: gl.constexpr):
+    """Write the final rows of an item: chunks x [rows, v_width] and base-2 lse [rows]."""
+    layout: gl.constexpr = x[0].type.layout
+    count: gl.constexpr = x[0].shape[0]
+    width: gl.constexpr = config.v_width
+    r = gl.arange(0, count, gl.SliceLayout(1, layout))
+    of_out, _, there = results.places(work, item, r, config)
+    for c in gl.static_range(config.v_chunks):
+        columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
+        to = results.out + (of_out * results.head_dim_v)[:, None] + columns[None, :]
+        keep = there[:, None] & (columns < results.head_dim_v)[None, :]
+        gl.store(to, x[c].to(results.out.dtype.element_ty), mask=keep)
+    by_row: gl.constexpr = lse.type.layout
+    _, of_lse, there = results.places(work, item, gl.arange(0, count, by_row), config)
+    gl.store(results.lse + of_lse, lse * LN2, mask=there)
+
+
+@gluon.jit
+def store_partial(results, slot, x, lse, config: gl.constexpr):
+    """Write one partial result of an item."""
+    layout: gl.constexpr = x[0].type.layout
+    count: gl.constexpr = x[0].shape[0]
+    width: gl.constexpr = config.v_width
+    r = gl.arange(0, count, gl.SliceLayout(1, layout))
+    at = slot.to(gl.int64) * results.rows + r
+    for c in gl.static_range(config.v_chunks):
+        columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
+        to = results.o_part + (at * config.head_dim_v)[:, None] + columns[None, :]
+        gl.store(to, x[c], mask=(r < results.rows)[:, None])
+    by_row: gl.constexpr = lse.type.layout
+    r = gl.arange(0, count, by_row)
+    gl.store(results.l_part + slot.to(gl.int64) * results.rows + r, lse, mask=r < results.rows)
+
+
+@gluon.jit
+def store_zeros(results, work, item, config: gl.constexpr):
+    """0 and -inf for an item that sees no key."""
+    width: gl.constexpr = config.v_width
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [gl.num_warps(), 1], [1, 0])
+    x = ()
+    for c in gl.static_range(config.v_chunks):
+        x = x + (gl.zeros([config.tile_m, width], gl.float32, layout),)
+    lse = gl.full([config.tile_m], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+    store_result(results, work, item, x, lse, config)
+
+
+@gluon.jit
+def merged_columns(results, parts, r, keep, start_column, width: gl.constexpr, layout: gl.constexpr, config: gl.constexpr):
+    """(output [rows, width], base-2 lse [rows]) of the partials of an item, for rows r and some columns.
+
+    layout: [partials, rows, columns]. Partials without keys have lse -inf and count for nothing, whatever
+    their output is.
+    """
+    at_once: gl.constexpr = config.parts_at_once
+    rows: gl.constexpr = r.shape[0]
+    by_part: gl.constexpr = gl.SliceLayout(2, layout)
+    of_row: gl.constexpr = gl.SliceLayout(0, by_part)
+    of_x: gl.constexpr = gl.SliceLayout(0, layout)
+    columns = start_column + gl.arange(0, width, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    m = gl.full([rows], float("-inf"), gl.float32, of_row)
+    l = gl.zeros([rows], gl.float32, of_row)
+    o = gl.zeros([rows, width], gl.float32, of_x)
+    for start in range(0, parts.count, at_once):
+        j = start + gl.arange(0, at_once, gl.SliceLayout(1, by_part))
+        at = parts.slot(j).to(gl.int64)[:, None] * results.rows + r[None, :]
+        there = (j < parts.count)[:, None] & keep[None, :]
+        e = gl.load(results.l_part + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        x = gl.load(
+            results.o_part + (at * config.head_dim_v)[:, :, None] + columns[None, None, :],
+            mask=there[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        top = gl.maximum(m, gl.max(e, 0))
+        base = gl.where(top == float("-inf"), 0.0, top)
+        w = gl.exp2(e - base[None, :])
+        alpha = gl.exp2(m - base)
+        l = l * alpha + gl.sum(w, 0)
+        alpha = gl.convert_layout(alpha, gl.SliceLayout(1, of_x))
+        o = o * alpha[:, None] + gl.sum(x * w[:, :, None], 0)
+        m = top
+    inverse = gl.convert_layout(gl.where(l > 0.0, 1.0 / l, 0.0), gl.SliceLayout(1, of_x))
+    base = gl.where(m == float("-inf"), 0.0, m)
+    return o * inverse[:, None], gl.where(l > 0.0, base + gl.log2(l), float("-inf"))
+
+
+@gluon.jit
+def merge_partials(results, parts, layout: gl.constexpr, config: gl.constexpr):
+    """The whole item merged by one program: as `finish` of a row kind returns it."""
+    by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
+    r = gl.arange(0, config.rows_stored, by_row)
+    x = ()
+    lse = gl.zeros([config.rows_stored], gl.float32, by_row)
+    for c in gl.static_range(config.v_chunks):
+        o, lse = merged_columns(results, parts, r, r < results.rows, c * config.v_width, config.v_width, layout, config)
+        x = x + (o,)
+    return x, lse

@@ -1,0 +1,324 @@
+"""What the decode kernel is compiled for, and which choice measured best.
+
+`DecodeConfig` is everything the kernel knows at compile time; `decode_config(spec, ...)` makes one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from functools import cached_property
+
+import torch
+
+from tandem_attn.device.decode_rows import WarpKeys, WarpRows
+from tandem_attn.device.gluon import gl
+from tandem_attn.device.kv_tiles import GatheredTiles, LoadedTiles
+from tandem_attn.device.splits import CountedSplits, SharedSplits, SizedSplits
+from tandem_attn.kernels.config import ELEMENTS, SHARED_MEMORY, Static
+from tandem_attn.spec_decode import DecodeSpec
+
+_SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
+TILE_WIDTHS = (64, 128, 256)  # columns of a tile: TMA fills what a head has not with zeros
+MAX_ITEMS_AT_ONCE = 1024
+MERGE_BYTES = 64 * 1024  # partials of an item that its last program merges; more are left to a second kernel
+PIECE_ROWS = 8  # at least: the unit in which shared memory is swizzled
+
+
+def tile_width(head_dim: int) -> int:
+    """The smallest tile that holds head_dim columns."""
+    return next(d for d in TILE_WIDTHS if d >= head_dim)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Compile-time facts of the decode and combine kernels. Validated here and nowhere else."""
+
+    element: str  # "bf16" or "fp16"
+    head_dim: int  # columns of a tile of K: one of TILE_WIDTHS
+    head_dim_v: int
+    RowKind: type
+    Tiles: type
+    Splits: type
+    tile_m: int  # packed rows of an item
+    tile_n: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+    rows_stored: int  # rows that the results of an item are kept for: a power of two, at most tile_m
+    items_at_once: int  # items that a look at the work list takes in
+    paged: bool = False
+    pieces: int = 1  # pages of a tile, where a page is less than a tile
+    right_edge: bool = False  # a window, or causal with several tokens
+    left_edge: bool = False
+    softcap: bool = False
+    packed_q: bool = False
+    packed_new: bool = False
+    has_seqlens: bool = True
+    has_leftpad: bool = False
+    has_batch_idx: bool = False
+    merges: bool = True  # the last program of an item merges its partials; else a second kernel does
+    parts_at_once: int = 16  # partials that a look of the merge takes in
+    same_strides: bool = False  # of K and V
+    residents: int = 1  # programs of a multiprocessor: two hide each other's waits where one cannot
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in TILE_WIDTHS or self.head_dim_v not in TILE_WIDTHS:
+            raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {TILE_WIDTHS}")
+        if self.RowKind is WarpKeys and (self.tile_m != 16 or self.tile_n % (16 * self.num_warps)):
+            raise ValueError(f"WarpKeys: 16 rows, and 16 keys for each warp: {self}")
+        if self.RowKind is WarpRows and self.tile_m != 16 * self.num_warps:
+            raise ValueError(f"WarpRows: 16 rows for each warp: {self}")
+        if self.tile_n % self.pieces or self.piece_rows % PIECE_ROWS:
+            raise ValueError(f"{self.pieces} pieces of {self.piece_rows} keys: whole eighths only")
+        if self.pieces > 1 and self.Tiles is not LoadedTiles:
+            raise ValueError("pieces are for TMA")
+        if self.num_stages < 2:
+            raise ValueError(f"num_stages={self.num_stages}: at least 2")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
+
+    @property
+    def static(self) -> Static:
+        return Static(self)
+
+    @property
+    def dtype(self):
+        return gl.bfloat16 if self.element == "bf16" else gl.float16
+
+    @property
+    def piece_rows(self) -> int:
+        return self.tile_n // self.pieces
+
+    @property
+    def q_in_registers(self) -> bool:
+        """WarpKeys: 64 registers of Q beside 128 of O would spill."""
+        return self.head_dim + self.head_dim_v < 512
+
+    @property
+    def by_panels(self) -> bool:
+        """wgmma reads a tile as panels of 64 columns: pieces must then come panel by panel."""
+        return self.pieces > 1 and self.RowKind is WarpRows
+
+    @property
+    def k_width(self) -> int:
+        """Columns of a chunk."""
+        return 64 if self.by_panels else self.head_dim
+
+    @property
+    def v_width(self) -> int:
+        return 64 if self.by_panels else self.head_dim_v
+
+    @property
+    def k_chunks(self) -> int:
+        return self.head_dim // self.k_width
+
+    @property
+    def v_chunks(self) -> int:
+        return self.head_dim_v // self.v_width
+
+    def tile_layout(self, width: int):
+        """Shared memory of a chunk of a tile that is made of pieces, each of them panels of 64 columns."""
+        if self.by_panels:
+            return gl.NVMMASharedLayout.get_default_for([self.tile_n, width], self.dtype)
+        rows = [1 << i for i in range(self.tile_n.bit_length() - 1)]
+        inside = [n for n in rows if n < self.piece_rows]
+        swizzle = {1: 8, 2: 16, 4: 32}
+        bases = [[0, 1 << i] for i in range(6)] + [[n, swizzle.get(n, 0)] for n in inside]
+        bases += [[0, 64 << i] for i in range((width // 64).bit_length() - 1)]
+        return gl.SharedLinearLayout(bases + [[n, 0] for n in rows if n >= self.piece_rows], [], 1024)
+
+    def piece_layout(self, width: int):
+        return gl.NVMMASharedLayout.get_default_for([self.piece_rows, width], self.dtype)
+
+    @property
+    def q_layout(self):
+        return gl.NVMMASharedLayout.get_default_for([self.tile_m, self.k_width], self.dtype)
+
+    def copy_layout(self, width: int):
+        """Threads of the gathering copies: 16 bytes each, a warp copies whole rows next to each other."""
+        return gl.BlockedLayout([1, 8], [256 // width, width // 8], [self.num_warps, 1], [1, 0])
+
+    @property
+    def copy_widths(self) -> int:
+        """Whether gathering threads have the same keys of K as of V (1), or not (2)."""
+        return 1 if self.head_dim == self.head_dim_v else 2
+
+    @property
+    def mma(self):
+        return gl.NVMMADistributedLayout([2, 0], [self.num_warps, 1, 1], [1, 16, 8])
+
+    @property
+    def s_layout(self):
+        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.tile_n, 16])
+
+    @property
+    def o_layout(self):
+        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.v_width, 16])
+
+    @property
+    def merge_layout(self):
+        """[partials, rows, columns]: every thread holds 4 columns of a row of all partials."""
+        across = min(32, self.v_width // 4)
+        return gl.BlockedLayout([1, 1, 4], [1, 32 // across, across], [1, self.num_warps, 1], [2, 1, 0])
+
+    @property
+    def combine_layout(self):
+        """The same for the second kernel, whose programs have one row: warps share the partials."""
+        across = min(32, self.combine_width // 4)
+        return gl.BlockedLayout([1, 1, 4], [32 // across, 1, across], [4, 1, 1], [2, 1, 0])
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows of an output that go through shared memory when warps are merged."""
+        return 8 if self.rows_stored <= 8 else 16
+
+    @property
+    def merges_warps(self) -> bool:
+        return self.RowKind is WarpKeys
+
+    @property
+    def scratch_fits(self) -> int:
+        """How often the outputs of all warps fit into a stage of V, which is free when they are merged; 0:
+        they need memory of their own."""
+        return self.tile_n * 2 // (4 * self.num_warps * self.kept_rows)
+
+    @property
+    def scratch_shape(self) -> list[int]:
+        return [self.num_warps, self.kept_rows, self.v_width]
+
+    @property
+    def scratch_in_stages(self) -> list[int]:
+        return [self.num_stages * self.scratch_fits, *self.scratch_shape]
+
+    @property
+    def scratch_layout(self):
+        return gl.SwizzledSharedLayout(8, 1, 4, [2, 1, 0])
+
+    @property
+    def scratch_bytes(self) -> int:
+        if not self.merges_warps:
+            return 0
+        o = 0 if self.scratch_fits else self.kept_rows * self.head_dim_v
+        return 4 * self.num_warps * (o + 2 * self.tile_m)
+
+    @property
+    def combine_width(self) -> int:
+        """Columns that a program of the second kernel merges: few where partials are many."""
+        return min(self.head_dim_v, max(32, 8192 // self.parts_at_once))
+
+    @cached_property
+    def shared_memory(self) -> int:
+        """Bytes of tiles and scratch, barriers not counted."""
+        kv = self.num_stages * self.tile_n * (self.head_dim + self.head_dim_v)
+        return 2 * (kv + self.tile_m * self.head_dim) + self.scratch_bytes
+
+    @cached_property
+    def cache_key(self) -> str:
+        """What Triton's disk cache knows this value by: see ForwardConfig."""
+        return f"{self!r} {_SOURCE_DIGEST}"
+
+    def __str__(self) -> str:
+        fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
+        flags = [name for name in fields if getattr(self, name)]
+        policies = (c.__name__ for c in (self.RowKind, self.Tiles, self.Splits))
+        pieces = f" in {self.pieces} pages" if self.pieces > 1 else ""
+        return (
+            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, {self.tile_m} rows x {self.tile_n} keys"
+            f"{pieces}, {self.num_stages} stages, {self.num_warps} warps, {', '.join(policies)}, "
+            f"{', '.join(flags) or 'no flags'}, {self.shared_memory // 1024} KB shared"
+        )
+
+
+def tile_rows(spec: DecodeSpec) -> int:
+    """Packed rows of an item: the fewest that a tensor core instruction takes and that hold a sequence's."""
+    rows = spec.seqlen_q * spec.group_size
+    return 16 if rows <= 16 else 64 if rows <= 64 else 128
+
+
+def blocks_of_rows(spec: DecodeSpec) -> int:
+    """Items of a sequence."""
+    return -(-spec.seqlen_q * spec.group_size // tile_rows(spec))
+
+
+def programs_per_head(num_kv_heads: int, room: int) -> int:
+    """Programs for each KV head: all together as many as there is room for, or one for each head."""
+    return max(1, room // num_kv_heads)
+
+
+def pieces_of_a_tile(page_size: int, tile_n: int) -> int | None:
+    """Pages that make up a tile (1: a page holds whole tiles, or there are no pages), or None: gather."""
+    if page_size % tile_n == 0:
+        return 1
+    if page_size >= PIECE_ROWS and tile_n % page_size == 0:
+        return tile_n // page_size
+    return None
+
+
+def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
+    """The compile-time configuration for a question that the gluon backend accepts."""
+    head_dim, head_dim_v = tile_width(spec.head_dim), tile_width(spec.head_dim_v)
+    tile_m = tile_rows(spec)
+    widest = max(head_dim, head_dim_v)
+    if tile_m == 16:
+        kind, num_warps = WarpKeys, 4 if widest < 256 else 2
+        tile_n = {64: 128, 128: 64, 256: 32}[widest]
+    else:
+        kind, num_warps = WarpRows, tile_m // 16
+        tile_n = {64: 128, 128: 64, 256: 64}[widest]
+    stage = 2 * tile_n * (head_dim + head_dim_v)
+    pieces = pieces_of_a_tile(spec.page_size, tile_n)
+    num_stages = max(2, 96 * 1024 // stage)
+    residents = 2 if tile_m == 64 or pieces is None else 1
+    rows = min(tile_m, spec.seqlen_q * spec.group_size)
+    items = spec.batch * blocks_of_rows(spec)
+    absolute = spec.split_size is not None
+    config = DecodeConfig(
+        element="bf16" if spec.dtype == torch.bfloat16 else "fp16",
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        RowKind=kind,
+        Tiles=LoadedTiles if pieces else GatheredTiles,
+        Splits=SizedSplits if absolute else CountedSplits if spec.num_splits else SharedSplits,
+        tile_m=tile_m,
+        tile_n=tile_n,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        rows_stored=tile_m,
+        items_at_once=1 if items == 1 else min(MAX_ITEMS_AT_ONCE, max(32, power_of_two(items))),
+        paged=spec.page_size > 0,
+        pieces=pieces or 1,
+        right_edge=spec.window.right >= 0,
+        left_edge=spec.window.left >= 0,
+        softcap=spec.softcap > 0.0,
+        packed_q=spec.packed_q,
+        packed_new=spec.packed_new,
+        has_seqlens=spec.has_seqlens,
+        has_leftpad=spec.has_leftpad,
+        has_batch_idx=spec.has_batch_idx,
+        same_strides=head_dim == head_dim_v and spec.k_stride == spec.v_stride,
+        residents=residents,
+    )
+    if kind is WarpKeys:
+        # a thread merges 4 columns of a row: no fewer rows than give every thread some, nor than are swizzled
+        spread = num_warps * 32 // min(32, config.v_width // 4)
+        config = dataclasses.replace(config, rows_stored=min(16, max(4, spread, power_of_two(rows))))
+    if 2 * (config.shared_memory + 1200) > 228 * 1024:
+        config = dataclasses.replace(config, residents=1)
+    programs = programs_per_head(spec.num_kv_heads, config.residents * multiprocessors) * spec.num_kv_heads
+    parts = -(-programs // (max(1, items) * spec.num_kv_heads)) + 1
+    if spec.num_splits:
+        parts = spec.num_splits
+    merges = kind is WarpKeys and not absolute and parts * rows * head_dim_v * 4 <= MERGE_BYTES
+    at_once = max(1, min(16, 64 * 32 * num_warps // (config.rows_stored * head_dim_v)))
+    if not merges:
+        at_once = 16 if absolute else max(16, min(256, power_of_two(parts)))
+    return dataclasses.replace(config, merges=merges, parts_at_once=at_once)
+
+
+assert set(ELEMENTS) == {torch.bfloat16, torch.float16}

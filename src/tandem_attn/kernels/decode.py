@@ -1,0 +1,239 @@
+"""Flash-Decoding for sm_90a: few query rows over a long KV cache, limited by memory bandwidth alone.
+
+One program per multiprocessor (the same number for every KV head) takes an equal share of the tiles of keys
+of all sequences and walks it, segment by segment; a segment is a run of tiles of one item (device/work.py):
+
+    fill num_stages - 1 stages ahead               (TMA, or gathered copies: device/kv_tiles.py)
+    per tile:   wait for it; all warps meet; refill the stage they have left
+                S = Q K^T, softmax, O += P V       (device/decode_rows.py)
+    per segment: the whole item: write the result; a part of it: write a partial result and its log-sum-exp,
+                and the last of its programs to arrive merges them, or `combine_partials` does
+
+Why each of these is so, and what it measured: docs/kernels/decode.md.
+"""
+
+from tandem_attn.device.decode_rows import Rows
+from tandem_attn.device.division import divided
+from tandem_attn.device.gluon import (
+    aggregate,
+    gdc_launch_dependents,
+    gl,
+    gluon,
+    mbarrier,
+    thread_barrier,
+)
+from tandem_attn.device.partials import Results, merge_partials, store_partial, store_result, store_zeros
+from tandem_attn.device.work import Cursor, Work, first_segment, next_segment, parts_of
+
+
+@gluon.jit
+def _load_q(q_ptr, q_smem, work, results, item, batch, strides, head_dim, config: gl.constexpr):
+    """The packed rows of an item; zeros in rows and columns that do not exist."""
+    width: gl.constexpr = config.k_width
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [config.num_warps, 1], [1, 0])
+    start, tokens = work.tokens(batch, True)
+    r = gl.arange(0, config.tile_m, gl.SliceLayout(1, layout))
+    row = (item - batch * work.m_blocks) * config.tile_m + r
+    token = divided(row, work.group_magic)
+    there = token < tokens
+    head = results.kv_head * work.group_size + (row - token * work.group_size)
+    if config.packed_q:
+        base = (start + token).to(gl.int64) * strides[1]
+    else:
+        base = batch.to(gl.int64) * strides[0] + token.to(gl.int64) * strides[1]
+    base += head.to(gl.int64) * strides[2]
+    for c in gl.static_range(config.k_chunks):
+        columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
+        keep = there[:, None] & (columns < head_dim)[None, :]
+        x = gl.load(q_ptr + (base * 8)[:, None] + columns[None, :], mask=keep, other=0.0)
+        q_smem.index(c).store(x)
+
+
+@gluon.jit
+def _rows_of(work, at, config: gl.constexpr):
+    """What the rows of the item at a cursor may see."""
+    _, tokens = work.tokens(at.batch, True)
+    row = (at.item - at.batch * work.m_blocks) * config.tile_m
+    offset = at.length - tokens
+    seen_by_all = at.length
+    from_all = at.pad
+    if config.right_edge:
+        first = divided(row, work.group_magic)
+        seen_by_all = gl.minimum(seen_by_all, offset + first + work.window_right + 1)
+    if config.left_edge:
+        last = gl.minimum(divided(row + (config.tile_m - 1), work.group_magic), tokens - 1)
+        from_all = gl.maximum(from_all, offset + last - work.window_left)
+    return Rows(at.length, at.pad, offset, row, seen_by_all, from_all, work.group_magic, work.window_left,
+                work.window_right, config)  # fmt: skip
+
+
+@gluon.jit
+def _empty_items(work, results, start, step, config: gl.constexpr):
+    """Zeros and -inf for the items of this KV head that see no key."""
+    for item in range(start, work.num_items, step):
+        first, end = work.tiles(item, True)
+        if first >= end:
+            store_zeros(results, work, item, config)
+
+
+@gluon.jit
+def as_tensors(numbers):
+    """The numbers of a call; Triton makes compile-time constants of those that are 1."""
+    tensors = ()
+    for i in gl.static_range(16):
+        tensors = tensors + (gl.to_tensor(numbers[i]),)
+    return tensors
+
+
+@gluon.jit
+def make_work(pointers, seqlen, numbers, magics, config: gl.constexpr):
+    """The facts of a call, from the tuples that kernels/launch_decode.py builds."""
+    seqlens, cu_seqlens_new, leftpad, cu_seqlens_q = pointers[0], pointers[1], pointers[2], pointers[3]
+    splits = config.Splits(numbers[10])
+    return Work(
+        seqlens, cu_seqlens_new, leftpad, cu_seqlens_q, seqlen, numbers[0], numbers[1], numbers[2], numbers[3],
+        numbers[4], numbers[5], numbers[6], magics[0], numbers[7], numbers[8], magics[1], splits, config,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _make_tiles(k, v, pointers, numbers, magics, strides, head, config: gl.constexpr):
+    """The cache, and the stages that its tiles pass through."""
+    k_smem = gl.allocate_shared_memory(
+        config.dtype.value, [config.num_stages * config.k_chunks * config.pieces, config.piece_rows, config.k_width],
+        config.piece_layout(config.k_width),
+    )  # fmt: skip
+    v_smem = gl.allocate_shared_memory(
+        config.dtype.value, [config.num_stages * config.v_chunks * config.pieces, config.piece_rows, config.v_width],
+        config.piece_layout(config.v_width),
+    )  # fmt: skip
+    batch_idx, page_table = pointers[4], pointers[5]
+    table_stride, page_size = numbers[11], numbers[12]
+    if config.Tiles.clears:
+        return config.Tiles(
+            k, v, k_smem, v_smem, page_table, table_stride, batch_idx, page_size, magics[2], head,
+            (strides[3], strides[4], strides[5]), (strides[6], strides[7], strides[8]), numbers[13] * 8, numbers[14] * 8,
+            config,
+        )  # fmt: skip
+    else:
+        full = gl.allocate_shared_memory(gl.int64, [config.num_stages, 1], mbarrier.MBarrierLayout())
+        return config.Tiles(
+            k, v, k_smem, v_smem, full, page_table, table_stride, batch_idx, page_size, magics[2], head, config
+        )
+
+
+@gluon.jit
+def _make_scratch(config: gl.constexpr):
+    """Where warps that own keys meet."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    if not config.merges_warps:
+        return ()
+    else:
+        maxima = gl.allocate_shared_memory(gl.float32, [2, config.num_warps, config.tile_m], plain)
+        if config.scratch_fits > 0:
+            return (maxima,)
+        else:
+            return maxima, gl.allocate_shared_memory(gl.float32, config.scratch_shape, config.scratch_layout)
+
+
+@gluon.jit
+def _finish(work, results, at, parts, x, lse, counters, unit, config: gl.constexpr):
+    """Write what a segment gave: the result of an item, or a part of it. `unit`: of the item, of the
+    segment's first tile."""
+    final = parts.count == 1
+    if parts.count > 1:
+        store_partial(results, parts.slot(unit), x, lse, config)
+        if config.merges:
+            thread_barrier()
+            counter = counters + (at.item * results.num_kv_heads + results.kv_head)
+            if gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts.count - 1:
+                x, lse = merge_partials(results, parts, config.merge_layout, config)
+                gl.store(counter, 0)
+                final = parts.count > 1
+    if final:
+        store_result(results, work, at.item, x, lse, config)
+
+
+@gluon.jit(do_not_specialize=["seqlen"])
+def decode_attention(
+    k, v, q_ptr, out_ptr, lse_ptr, o_part, l_part, counters, pointers, seqlen, numbers, magics, strides, scales,
+    config: gl.constexpr,
+):  # fmt: skip
+    """One program of the decode kernel. Tuples: see kernels/launch_decode.py."""
+    c: gl.constexpr = config.static
+    numbers = as_tensors(numbers)
+    num_kv_heads = numbers[9]
+    program = gl.program_id(0)
+    per_head = gl.num_programs(0) // num_kv_heads
+    place = divided(program, magics[3])
+    kv_head = program - place * num_kv_heads
+    work = make_work(pointers, seqlen, numbers, magics, c)
+    rows_kept = numbers[15]
+    results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head, num_kv_heads, rows_kept, numbers[14] * 8)
+    tiles = _make_tiles(k, v, pointers, numbers, magics, strides, kv_head, c)
+    q_smem = gl.allocate_shared_memory(
+        c.dtype.value, [c.k_chunks, c.tile_m, c.k_width], c.q_layout
+    )
+    scratch = _make_scratch(c)
+    rows_kind = c.RowKind(c)
+    tiles.start()
+
+    units, some_empty = work.num_units()
+    share = gl.maximum((units + per_head - 1) // per_head, 1)
+    unit = place * share
+    count = gl.maximum(gl.minimum(share, units - unit), 0)
+    at = first_segment(work, unit, count)
+
+    # the copy side, a ring ahead
+    ahead = at
+    valid = at.tile < at.stop
+    places = tiles.locate(ahead, valid)
+    for stage in range(c.num_stages - 1):
+        tiles.copy(stage, ahead, places, valid)
+        ahead, valid = _advance(work, ahead, valid)
+        places = tiles.locate(ahead, valid)
+    if some_empty:
+        _empty_items(work, results, place, per_head, c)
+    it = unit * 0
+    going = count > 0
+    while going:
+        batch = at.batch
+        _load_q(q_ptr, q_smem, work, results, at.item, batch, strides, numbers[13] * 8, c)
+        q = rows_kind.operand(q_smem)
+        state = rows_kind.empty()
+        rows = _rows_of(work, at, c)
+        for tile in range(at.tile, at.stop):
+            tiles.wait(it)
+            tiles.emptied()
+            thread_barrier()  # all warps are done with the stage before: refill it
+            stage = (it + (c.num_stages - 1)) % c.num_stages
+            tiles.copy(stage, ahead, places, valid)
+            ahead, valid = _advance(work, ahead, valid)
+            places = tiles.locate(ahead, valid)
+            n0 = tile * c.tile_n
+            state = rows_kind.attend(q, tiles, it % c.num_stages, state, rows, n0, scales[0], scales[1])
+            it += 1
+        if not c.merges:
+            if at.left == 0:
+                gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
+        x, lse = rows_kind.finish(state, tiles, scratch, (it - 1) % c.num_stages)
+        parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share, kv_head, num_kv_heads)
+        if work.splits.shared:
+            part = place - at.before // share
+        else:
+            part = work.splits.unit_of(at.tile, at.first, at.end)
+        _finish(work, results, at, parts, x, lse, counters, part, c)
+        going = at.left > 0
+        if going:
+            at = next_segment(work, at)
+
+
+@gluon.jit
+def _advance(work, at, valid):
+    """The cursor one tile further, and whether there is one."""
+    tile = at.tile + gl.where(valid, 1, 0)
+    more = valid & ((tile < at.stop) | (at.left > 0))
+    moved = Cursor(at.item, at.batch, at.length, at.pad, at.before, at.first, at.end, tile, at.stop, at.left)
+    if more & (tile >= at.stop):
+        moved = next_segment(work, moved)
+    return moved, more

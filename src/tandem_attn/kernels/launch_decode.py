@@ -1,0 +1,234 @@
+"""The gluon backend over a KV cache: from a question and addresses to launches, in little host time.
+
+A `DecodePlan` is made once per question and holds what does not depend on addresses or lengths. A call looks
+its two descriptors up by address and makes one or two C calls.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tandem_attn import arch
+from tandem_attn.device.division import division_magic
+from tandem_attn.kernels.combine import combine_partials
+from tandem_attn.kernels.config import ELEMENTS, gl
+from tandem_attn.kernels.config_decode import DecodeConfig, blocks_of_rows, decode_config, programs_per_head
+from tandem_attn.kernels.decode import decode_attention
+from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
+from tandem_attn.spec_decode import AppendSpec, Cache, DecodeSpec, New
+
+NAME = "gluon"
+LOG2E = math.log2(math.e)
+UNBOUNDED = 2**30  # a window side that no length reaches
+MAX_CACHED_ADDRESSES = 4096
+MAX_ROWS = 2**31 - 2**16
+ALIGNMENT = 16  # bytes
+
+
+def decode_reasons(spec: DecodeSpec) -> list[str]:
+    """Why this backend cannot answer; empty if it can."""
+    if spec.device.type != "cuda":
+        return [f"tensors are on {spec.device}; the kernels need an NVIDIA Hopper GPU"]
+    said = []
+    capability = arch.capability(spec.device)
+    if capability != (9, 0):
+        said.append(f"compute capability is {capability[0]}.{capability[1]}; the kernels need 9.0 (Hopper)")
+    if spec.dtype not in ELEMENTS:
+        said.append(f"dtype is {spec.dtype}; supported: float16, bfloat16")
+    for name, dim in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+        if dim % 8 or not 0 < dim <= 256:
+            said.append(f"{name} is {dim}; supported: multiples of 8 up to 256")
+    if not spec.softmax_scale > 0.0:
+        said.append(f"softmax_scale is {spec.softmax_scale}; the kernel's running maximum needs it positive")
+    for name, stride in (("q", spec.q_stride), ("k_cache", spec.k_stride), ("v_cache", spec.v_stride)):
+        if stride[-1] != 1 or any(step % 8 or not 0 <= step < 2**38 for step in stride[:-1]):
+            said.append(f"{name} has strides {stride}; supported: 1 at the end, else multiples of 8 elements")
+    if not spec.aligned:
+        said.append("q, k_cache or v_cache does not start at a multiple of 16 bytes")
+    if max(spec.capacity, spec.total_q, spec.cache_rows) >= UNBOUNDED:
+        said.append(f"{spec.capacity} keys, {spec.total_q} queries: more than 30 bits count")
+    return said
+
+
+def decode_describe(spec: DecodeSpec) -> str:
+    """One line for explain(): the configuration chosen."""
+    return str(DecodePlan(spec).config)
+
+
+def append_reasons(spec: AppendSpec) -> list[str]:
+    """Why this backend cannot write the cache."""
+    return ["the kernel that appends is not written yet"]
+
+
+def decode(spec: DecodeSpec) -> DecodePlan:
+    """The plan for a question: see `DecodePlan.__call__`."""
+    return DecodePlan(spec)
+
+
+def box_of(config: DecodeConfig, width: int) -> tuple[list[int], object]:
+    """TMA box of a piece of a tile, and its layout in shared memory."""
+    shape = [1, config.piece_rows, 1, width]
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, config.dtype)
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream
+
+
+class DecodePlan:
+    """Everything about a call that depends neither on addresses nor on lengths."""
+
+    def __init__(self, spec: DecodeSpec):
+        self.spec = spec
+        multiprocessors = max(1, arch.num_multiprocessors(spec.device) - spec.sm_margin)
+        self.config = config = decode_config(spec, multiprocessors)
+        self.per_head = programs_per_head(spec.num_kv_heads, config.residents * multiprocessors)
+        self.programs = self.per_head * spec.num_kv_heads
+        self.items = spec.batch * blocks_of_rows(spec)
+        self.rows = min(config.tile_m, spec.seqlen_q * spec.group_size)
+        self.device_index = spec.device.index or 0
+        slots = self._slots()
+        self.o_bytes = 4 * slots * self.rows * config.head_dim_v
+        self.l_bytes = _rounded(4 * slots * self.rows)
+        self.lse_bytes = _rounded(4 * spec.total_q * spec.num_heads)
+        self.num_counters = self.items * spec.num_kv_heads if config.merges else 1
+        self.counter_bytes = _rounded(4 * self.num_counters)
+        self.workspace_bytes = self.counter_bytes + self.lse_bytes + self.l_bytes + self.o_bytes
+        self.launcher: KernelLauncher | None = None
+        self.combiner: KernelLauncher | None = None
+        self.maps: dict[tuple[int, int], list] = {}
+
+    def _slots(self) -> int:
+        """Partial results that a call may leave."""
+        spec, config = self.spec, self.config
+        if config.Splits.shared.value:
+            return 2 * self.programs
+        if spec.split_size is None:
+            each = min(spec.num_splits, -(-spec.capacity // config.tile_n) or 1)
+        else:
+            each = max(1, -(-spec.capacity // spec.split_size))
+        return self.items * spec.num_kv_heads * each
+
+    def _numbers(self, new: New) -> tuple[tuple, tuple, tuple, tuple]:
+        """(numbers, magics, strides, scales) of the kernels; see `make_work` and `_make_tiles`."""
+        spec, config = self.spec, self.config
+        left, right = (UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in _sides(spec))
+        m_blocks = blocks_of_rows(spec)
+        amount = 1
+        if spec.split_size is not None:
+            amount = spec.split_size // config.tile_n
+        elif spec.num_splits:
+            amount = spec.num_splits
+        numbers = (
+            new.seqlen_new, spec.seqlen_q, spec.total_q, spec.capacity, left, right, spec.group_size, self.items,
+            m_blocks, spec.num_kv_heads, amount, spec.table_stride, max(1, spec.page_size), spec.head_dim // 8,
+            spec.head_dim_v // 8, self.rows,
+        )  # fmt: skip
+        divisors = (spec.group_size, m_blocks, max(1, spec.page_size), spec.num_kv_heads)
+        q_stride = (0, *spec.q_stride) if spec.packed_q else spec.q_stride
+        strides = (*q_stride[:3], *spec.k_stride[:3], *spec.v_stride[:3])
+        if spec.softcap > 0.0:
+            scales = (spec.softcap * LOG2E, spec.softmax_scale / spec.softcap)
+        else:
+            scales = (spec.softmax_scale * LOG2E, 0.0)
+        return numbers, tuple(map(division_magic, divisors)), tuple(s // 8 for s in strides), scales
+
+    def _memory(self, q, workspace) -> tuple[torch.Tensor, ...]:
+        """(counters int32, lse, l_part, o_part float32) for a call."""
+        if workspace is None:
+            stream = torch._C._cuda_getCurrentRawStream(self.device_index)
+            counters = self._own_counters(stream)
+            floats = (self.workspace_bytes - self.counter_bytes) // 4
+            rest = torch.empty(floats, dtype=torch.float32, device=self.spec.device)
+        else:
+            counters = workspace[: self.counter_bytes].view(torch.int32)
+            rest = workspace[self.counter_bytes : self.workspace_bytes].view(torch.float32)
+        lse, l_part, o_part = rest.split((self.lse_bytes // 4, self.l_bytes // 4, self.o_bytes // 4))
+        return counters, lse, l_part, o_part
+
+    def _own_counters(self, stream: int) -> torch.Tensor:
+        """As the tile counters of the forward: launches on a stream share them, a captured graph has its own."""
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return torch.zeros(self.num_counters, dtype=torch.int32, device=self.spec.device)
+        found = _counters.get((self.device_index, stream))
+        if found is None or found.numel() < self.num_counters:
+            found = torch.zeros(max(1024, self.num_counters), dtype=torch.int32, device=self.spec.device)
+            _counters[self.device_index, stream] = found
+        return found
+
+    def __call__(self, q, cache: Cache, new: New, out, workspace, want_lse: bool):
+        """(out, lse or None). Enqueues one or two kernels on the current stream; never waits for the device."""
+        if torch._C._cuda_getDevice() != self.device_index:
+            with torch.cuda.device(self.device_index):
+                return self(q, cache, new, out, workspace, want_lse)
+        spec = self.spec
+        result = out
+        if out is None or out.data_ptr() % ALIGNMENT:
+            result = torch.empty(spec.out_shape, dtype=spec.dtype, device=spec.device)
+        counters, scratch, l_part, o_part = self._memory(q, workspace)
+        lse = torch.empty(spec.lse_shape, dtype=torch.float32, device=spec.device) if want_lse else scratch
+        if 0 in cache.k.shape[:2] or spec.capacity == 0:
+            result.zero_()
+            lse.fill_(-math.inf)
+        else:
+            self._launch(q, cache, new, result, lse, counters, l_part, o_part)
+        if out is not None and result is not out:
+            out.copy_(result)
+            result = out
+        return result, lse if want_lse else None
+
+    def _launch(self, q, cache: Cache, new: New, out, lse, counters, l_part, o_part) -> None:
+        spec, config = self.spec, self.config
+        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
+        given = (cache.seqlens, new.cu_seqlens_k_new, cache.leftpad, new.cu_seqlens_q, cache.batch_idx)
+        pointers = tuple(counters if x is None else x for x in (*given, cache.page_table))
+        if self.launcher is None:
+            self._prepare(q, cache, new, out, lse, counters, l_part, o_part, pointers)
+        addresses = (cache.k.data_ptr(), cache.v.data_ptr())
+        if config.Tiles.clears.value:
+            kv = [cache.k, cache.v]
+        else:
+            kv = self.maps.get(addresses)
+            if kv is None:
+                if len(self.maps) >= MAX_CACHED_ADDRESSES:
+                    self.maps.clear()
+                kv = self.maps[addresses] = self.launcher.encode(addresses, (cache.k, cache.v))
+        tensors = (q, out, lse, o_part, l_part, counters)
+        rest = (pointers, cache.seqlen, *self.constants, config)
+        self.launcher.launch_flat((self.programs, 1, 1), stream, kv, tensors, rest)
+        if not config.merges:
+            rest = (pointers, cache.seqlen, *self.constants[:2], self.per_head, config)
+            grid = (self.rows * spec.num_kv_heads, self.items, config.head_dim_v // config.combine_width)
+            self.combiner.launch_flat(grid, stream, [], (out, lse, o_part, l_part), rest)
+
+    def _prepare(self, q, cache, new, out, lse, counters, l_part, o_part, pointers) -> None:
+        """Compile (or find) the kernels; once per plan, at its first call."""
+        config = self.config
+        self.constants = self._numbers(new)
+        kv = [cache.k, cache.v]
+        if not config.Tiles.clears.value:
+            kv = [
+                tensor_descriptor(x, list(x.shape), _steps(x), *box_of(config, width))
+                for x, width in ((cache.k, config.k_width), (cache.v, config.v_width))
+            ]
+        tensors = (q, out, lse, o_part, l_part, counters)
+        arguments = (*kv, *tensors, pointers, cache.seqlen, *self.constants, config)
+        self.launcher = KernelLauncher(decode_attention, arguments, dict(num_warps=config.num_warps))
+        if not config.merges:
+            tensors = (out, lse, o_part, l_part)
+            arguments = (*tensors, pointers, cache.seqlen, *self.constants[:2], self.per_head, config)
+            self.combiner = KernelLauncher(combine_partials, arguments, dict(num_warps=4, launch_pdl=True))
+
+
+def _sides(spec: DecodeSpec) -> tuple[int, int]:
+    return spec.window.left, spec.window.right
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _steps(x: torch.Tensor) -> list[int]:
+    """Strides of a cache for TMA: a dimension of size 1 is never stepped over, so its stride may be any."""
+    return [s if n > 1 else 8 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1]
