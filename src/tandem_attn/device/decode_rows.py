@@ -6,7 +6,6 @@ segment. The 3-D layout makes the warp the batch dimension. `WarpRows`: 64 rows 
 warp owns 16 rows and sees all keys. Measured against each other and a third way: docs/kernels/decode.md.
 """
 
-from tandem_attn.device.division import divided
 from tandem_attn.device.gluon import (
     aggregate,
     fence_async_shared,
@@ -31,7 +30,6 @@ class Rows:
     row: gl.tensor  # first packed row
     seen_by_all: gl.tensor  # keys before this one may be seen by every row
     from_all: gl.tensor  # and from this one on
-    group_magic: gl.tensor
     window_left: gl.tensor
     window_right: gl.tensor
     config: gl.constexpr
@@ -39,7 +37,7 @@ class Rows:
     @gluon.jit
     def partial(self, n0):
         """Whether some row may not see some key of the tile at n0."""
-        cut = n0 + self.config.tile_n > self.seen_by_all
+        cut = n0 + self.config.part_n > self.seen_by_all
         if self.config.left_edge or self.config.has_leftpad:
             cut = cut | (n0 < self.from_all)
         return cut
@@ -57,7 +55,8 @@ class Rows:
         """Whether row r (of the item) may see a key."""
         last = r * 0 + (self.length - 1)
         first = r * 0 + self.pad
-        position = divided(self.row + r, self.group_magic) + self.offset
+        token = ((self.row + r).to(gl.uint32) // self.config.group_size).to(gl.int32)
+        position = token + self.offset
         if self.config.right_edge:
             last = gl.minimum(last, position + self.window_right)
         seen = key <= last
@@ -239,37 +238,77 @@ class WarpRows:
         return State(m, gl.zeros([config.tile_m], gl.float32, layout), o)
 
     @gluon.jit
-    def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
+    def _start_scores(self, q, tiles, stage, h: gl.constexpr):
+        """Start S of part h of a tile."""
         config: gl.constexpr = self.config
-        by_row: gl.constexpr = gl.SliceLayout(1, config.o_layout)
-        s = gl.zeros([config.tile_m, config.tile_n], gl.float32, config.s_layout)
+        s = gl.zeros([config.tile_m, config.part_n], gl.float32, config.s_layout)
         for c in gl.static_range(config.k_chunks):
             k = chunk_of(tiles.k_smem, stage, c, config.k_chunks, config.k_width, config)
+            if config.halves > 1:
+                k = k.slice(h * config.part_n, config.part_n, dim=0)
             s = warpgroup_mma(q.index(c), k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
+        return s
+
+    @gluon.jit
+    def _softmax(self, s, m_before, l, rows, n0, scale_log2, inner_scale):
+        """(maximum, sum, alpha, P) after the scores of a part whose first key is n0."""
+        config: gl.constexpr = self.config
+        by_row: gl.constexpr = gl.SliceLayout(1, config.o_layout)
         if config.softcap:
             s = soft_capped(s, inner_scale)
         if rows.partial(n0):
             r = gl.arange(0, config.tile_m, gl.SliceLayout(1, config.s_layout))
-            key = n0 + gl.arange(0, config.tile_n, gl.SliceLayout(0, config.s_layout))
+            key = n0 + gl.arange(0, config.part_n, gl.SliceLayout(0, config.s_layout))
             s = gl.where(rows.visible(r[:, None], key[None, :]), s, float("-inf"))
-            if not tiles.clears:
-                if rows.ragged(n0):
-                    clear_ragged(tiles.v_smem, stage, rows, n0)
-                    thread_barrier()
-        m = gl.maximum(state.m, gl.convert_layout(gl.max(s, 1), by_row) * scale_log2)
+        m = gl.maximum(m_before, gl.convert_layout(gl.max(s, 1), by_row) * scale_log2)
         base = gl.where(m == float("-inf"), 0.0, m)
-        alpha = gl.exp2(state.m - base)
+        alpha = gl.exp2(m_before - base)
         p = gl.exp2(s * scale_log2 - gl.convert_layout(base, gl.SliceLayout(1, config.s_layout))[:, None])
-        l = state.l * alpha + gl.convert_layout(gl.sum(p, 1), by_row)
-        p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, config.o_layout, 2), assert_trivial=True)
+        l = l * alpha + gl.convert_layout(gl.sum(p, 1), by_row)
+        operand: gl.constexpr = gl.DotOperandLayout(0, config.o_layout, 2)
+        return m, l, alpha, gl.convert_layout(p.to(config.dtype.value), operand, assert_trivial=True)
+
+    @gluon.jit
+    def _start_output(self, p, alpha, tiles, stage, o, h: gl.constexpr):
+        """Start O * alpha + P V of part h."""
+        config: gl.constexpr = self.config
         started = ()
         for c in gl.static_range(config.v_chunks):
             v = chunk_of(tiles.v_smem, stage, c, config.v_chunks, config.v_width, config)
-            started = started + (warpgroup_mma(p, v, state.o[c] * alpha[:, None], is_async=True),)
+            if config.halves > 1:
+                v = v.slice(h * config.part_n, config.part_n, dim=0)
+            started = started + (warpgroup_mma(p, v, o[c] * alpha[:, None], is_async=True),)
+        return started
+
+    @gluon.jit
+    def _wait_output(self, started):
         o = ()
-        for c in gl.static_range(config.v_chunks):
+        for c in gl.static_range(self.config.v_chunks):
             o = o + (warpgroup_mma_wait(0, deps=(started[c],)),)
+        return o
+
+    @gluon.jit
+    def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
+        config: gl.constexpr = self.config
+        if not tiles.clears:
+            if rows.ragged(n0):
+                clear_ragged(tiles.v_smem, stage, rows, n0)
+                thread_barrier()
+        if config.halves == 1:
+            s = warpgroup_mma_wait(0, deps=(self._start_scores(q, tiles, stage, 0),))
+            m, l, alpha, p = self._softmax(s, state.m, state.l, rows, n0, scale_log2, inner_scale)
+            o = self._wait_output(self._start_output(p, alpha, tiles, stage, state.o, 0))
+        else:
+            s = self._start_scores(q, tiles, stage, 0)
+            t = self._start_scores(q, tiles, stage, 1)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            m, l, alpha, p = self._softmax(s, state.m, state.l, rows, n0, scale_log2, inner_scale)
+            t = warpgroup_mma_wait(0, deps=(t,))
+            o = self._start_output(p, alpha, tiles, stage, state.o, 0)
+            n1 = n0 + config.part_n
+            m, l, alpha, p = self._softmax(t, m, l, rows, n1, scale_log2, inner_scale)
+            o = self._start_output(p, alpha, tiles, stage, self._wait_output(o), 1)
+            o = self._wait_output(o)
         return State(m, l, o)
 
     @gluon.jit

@@ -7,7 +7,6 @@ bytes, for pages of any size. No entry of a page table past the end of a sequenc
 hold zeros (gathered, or another page) or whatever is in the cache (loaded): their V must be cleared.
 """
 
-from tandem_attn.device.division import divided
 from tandem_attn.device.gluon import (
     async_copy,
     base_value,
@@ -41,8 +40,6 @@ class LoadedTiles:
     page_table: gl.tensor
     table_stride: gl.tensor
     batch_idx: gl.tensor
-    page_size: gl.tensor
-    page_magic: gl.tensor
     head: gl.tensor
     config: gl.constexpr
 
@@ -60,9 +57,9 @@ class LoadedTiles:
         if not self.config.paged:
             return ((_cache_row(self, at, valid), n0),)
         elif self.config.pieces == 1:
-            page = divided(n0, self.page_magic)
+            page = (n0.to(gl.uint32) // self.config.page_size).to(gl.int32)
             found = gl.load(self.page_table + at.batch.to(gl.int64) * self.table_stride + page, mask=valid, other=0)
-            return ((found, n0 - page * self.page_size),)
+            return ((found, n0 - page * self.config.page_size),)
         else:
             places = ()
             for p in gl.static_range(self.config.pieces):
@@ -119,13 +116,9 @@ class GatheredTiles:
     page_table: gl.tensor
     table_stride: gl.tensor
     batch_idx: gl.tensor
-    page_size: gl.tensor
-    page_magic: gl.tensor
     head: gl.tensor
     k_strides: gl.tuple  # of a sequence or page, a key, a head
     v_strides: gl.tuple
-    head_dim: gl.tensor
-    head_dim_v: gl.tensor
     config: gl.constexpr
 
     @gluon.jit
@@ -145,9 +138,9 @@ class GatheredTiles:
             rows = self._rows(at, self.config.head_dim if i == 0 else self.config.head_dim_v)
             if self.config.paged:
                 there = valid & (rows < at.length) & (rows >= at.pad)
-                page = divided(rows, self.page_magic)
+                page = (rows.to(gl.uint32) // self.config.page_size).to(gl.int32)
                 entry = self.page_table + at.batch.to(gl.int64) * self.table_stride + page
-                places = places + ((gl.load(entry, mask=there, other=0), rows - page * self.page_size),)
+                places = places + ((gl.load(entry, mask=there, other=0), rows - page * self.config.page_size),)
             else:
                 places = places + ((rows * 0 + _cache_row(self, at, valid), rows),)
         return places
@@ -159,7 +152,7 @@ class GatheredTiles:
         return row + self.head.to(gl.int64) * strides[2]
 
     @gluon.jit
-    def _copy_one(self, x, smem, offsets, at, valid, dim, width: gl.constexpr):
+    def _copy_one(self, x, smem, offsets, at, valid, dim: gl.constexpr, width: gl.constexpr):
         layout: gl.constexpr = self.config.copy_layout(width)
         rows = self._rows(at, width)
         columns = gl.arange(0, width, gl.SliceLayout(0, layout))
@@ -173,10 +166,10 @@ class GatheredTiles:
         width: gl.constexpr = self.config.head_dim
         width_v: gl.constexpr = self.config.head_dim_v
         offsets = self._offsets(self.k_strides, places[0])
-        self._copy_one(self.k, self.k_smem.index(stage), offsets, at, valid, self.head_dim, width)
+        self._copy_one(self.k, self.k_smem.index(stage), offsets, at, valid, self.config.columns, width)
         if not self.config.same_strides:
             offsets = self._offsets(self.v_strides, places[self.config.copy_widths - 1])
-        self._copy_one(self.v, self.v_smem.index(stage), offsets, at, valid, self.head_dim_v, width_v)
+        self._copy_one(self.v, self.v_smem.index(stage), offsets, at, valid, self.config.columns_v, width_v)
         async_copy.commit_group()
 
     @gluon.jit

@@ -4,7 +4,6 @@ A partial result is a normalised fp32 output and its base-2 log-sum-exp for ever
 one item are merged in the order of their keys, so the result does not depend on who arrives when.
 """
 
-from tandem_attn.device.division import divided
 from tandem_attn.device.gluon import aggregate, gl, gluon
 from tandem_attn.device.softmax import LN2
 
@@ -18,24 +17,21 @@ class Results:
     o_part: gl.tensor  # (slots, rows, width of a tile of V)
     l_part: gl.tensor  # (slots, rows)
     kv_head: gl.tensor
-    num_kv_heads: gl.tensor
-    rows: gl.tensor  # of an item, that partials are kept for
-    head_dim_v: gl.tensor
 
     @gluon.jit
     def places(self, work, item, r, config: gl.constexpr):
         """(row of out in all of its heads, element of lse, whether it exists) of rows r of an item."""
-        batch = divided(item, work.m_blocks_magic)
+        batch, row = work.place(item)
         start, tokens = work.tokens(batch, True)
-        row = (item - batch * work.m_blocks) * config.tile_m + r
-        token = divided(row, work.group_magic)
-        num_heads = self.num_kv_heads * work.group_size
-        head = self.kv_head * work.group_size + (row - token * work.group_size)
+        row = row + r
+        token = work.token(row)
+        num_heads: gl.constexpr = config.num_kv_heads * config.group_size
+        head = self.kv_head * config.group_size + (row - token * config.group_size)
         of_out = (start + token).to(gl.int64) * num_heads + head
         if config.packed_q:
             of_lse = head.to(gl.int64) * work.total_q + (start + token)
         else:
-            of_lse = (batch * num_heads + head).to(gl.int64) * work.seqlen_q + token
+            of_lse = (batch * num_heads + head).to(gl.int64) * (tokens + batch * 0) + token
         return of_out, of_lse, token < tokens
 
 
@@ -49,8 +45,8 @@ def store_result(results, work, item, x, lse, config: gl.constexpr):
     of_out, _, there = results.places(work, item, r, config)
     for c in gl.static_range(config.v_chunks):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
-        to = results.out + (of_out * results.head_dim_v)[:, None] + columns[None, :]
-        keep = there[:, None] & (columns < results.head_dim_v)[None, :]
+        to = results.out + (of_out * config.columns_v)[:, None] + columns[None, :]
+        keep = there[:, None] & (columns < config.columns_v)[None, :]
         gl.store(to, x[c].to(results.out.dtype.element_ty), mask=keep)
     by_row: gl.constexpr = lse.type.layout
     _, of_lse, there = results.places(work, item, gl.arange(0, count, by_row), config)
@@ -64,14 +60,14 @@ def store_partial(results, slot, x, lse, config: gl.constexpr):
     count: gl.constexpr = x[0].shape[0]
     width: gl.constexpr = config.v_width
     r = gl.arange(0, count, gl.SliceLayout(1, layout))
-    at = slot.to(gl.int64) * results.rows + r
+    at = slot.to(gl.int64) * config.rows + r
     for c in gl.static_range(config.v_chunks):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
         to = results.o_part + (at * config.head_dim_v)[:, None] + columns[None, :]
-        gl.store(to, x[c], mask=(r < results.rows)[:, None])
+        gl.store(to, x[c], mask=(r < config.rows)[:, None])
     by_row: gl.constexpr = lse.type.layout
     r = gl.arange(0, count, by_row)
-    gl.store(results.l_part + slot.to(gl.int64) * results.rows + r, lse, mask=r < results.rows)
+    gl.store(results.l_part + slot.to(gl.int64) * config.rows + r, lse, mask=r < config.rows)
 
 
 @gluon.jit
@@ -104,7 +100,7 @@ def merged_columns(results, parts, r, keep, start_column, width: gl.constexpr, l
     o = gl.zeros([rows, width], gl.float32, of_x)
     for start in range(0, parts.count, at_once):
         j = start + gl.arange(0, at_once, gl.SliceLayout(1, by_part))
-        at = parts.slot(j).to(gl.int64)[:, None] * results.rows + r[None, :]
+        at = parts.slot(j).to(gl.int64)[:, None] * config.rows + r[None, :]
         there = (j < parts.count)[:, None] & keep[None, :]
         e = gl.load(results.l_part + at, mask=there, other=float("-inf"), cache_modifier=".cg")
         x = gl.load(
@@ -127,13 +123,21 @@ def merged_columns(results, parts, r, keep, start_column, width: gl.constexpr, l
 
 
 @gluon.jit
-def merge_partials(results, parts, layout: gl.constexpr, config: gl.constexpr):
-    """The whole item merged by one program: as `finish` of a row kind returns it."""
+def store_merged(results, work, item, parts, config: gl.constexpr):
+    """Merge all partials of an item and write its final rows; by one program."""
+    width: gl.constexpr = config.merge_width
+    layout: gl.constexpr = config.merge_layout
     by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
+    of_x: gl.constexpr = gl.SliceLayout(0, layout)
     r = gl.arange(0, config.rows_stored, by_row)
-    x = ()
-    lse = gl.zeros([config.rows_stored], gl.float32, by_row)
-    for c in gl.static_range(config.v_chunks):
-        o, lse = merged_columns(results, parts, r, r < results.rows, c * config.v_width, config.v_width, layout, config)
-        x = x + (o,)
-    return x, lse
+    r_x = gl.arange(0, config.rows_stored, gl.SliceLayout(1, of_x))
+    of_out, lse_unused, there = results.places(work, item, r_x, config)
+    out_unused, of_lse, written = results.places(work, item, r, config)
+    for c in gl.static_range(config.head_dim_v // width):
+        x, lse = merged_columns(results, parts, r, r < config.rows, c * width, width, layout, config)
+        columns = c * width + gl.arange(0, width, gl.SliceLayout(0, of_x))
+        keep = there[:, None] & (columns < config.columns_v)[None, :]
+        to = results.out + (of_out * config.columns_v)[:, None] + columns[None, :]
+        gl.store(to, x.to(results.out.dtype.element_ty), mask=keep)
+        if c == 0:
+            gl.store(results.lse + of_lse, lse * LN2, mask=written)

@@ -30,13 +30,25 @@ class Work:
     capacity: gl.tensor
     window_left: gl.tensor
     window_right: gl.tensor
-    group_size: gl.tensor
-    group_magic: gl.tensor
     num_items: gl.tensor
     m_blocks: gl.tensor  # items of a sequence
     m_blocks_magic: gl.tensor
     splits: base_value
     config: gl.constexpr  # DecodeConfig
+
+    @gluon.jit
+    def place(self, i):
+        """(sequence, first packed row) of items i."""
+        if self.config.one_block:
+            return i, i * 0
+        else:
+            b = divided(i, self.m_blocks_magic)
+            return b, (i - b * self.m_blocks) * self.config.tile_m
+
+    @gluon.jit
+    def token(self, row):
+        """Token of packed rows."""
+        return (row.to(gl.uint32) // self.config.group_size).to(gl.int32)
 
     @gluon.jit
     def length(self, b, mask):
@@ -64,6 +76,8 @@ class Work:
             start = gl.maximum(gl.load(self.cu_seqlens_q + b, mask=mask, other=0), 0)
             end = gl.minimum(gl.load(self.cu_seqlens_q + b + 1, mask=mask, other=0), self.total_q)
             return start, gl.minimum(gl.maximum(end - start, 0), self.seqlen_q)
+        elif self.config.tokens > 0:
+            return b * self.config.tokens, b * 0 + self.config.tokens
         else:
             return b * self.seqlen_q, b * 0 + self.seqlen_q
 
@@ -72,20 +86,19 @@ class Work:
         """(first, end) tile of keys that items i need; (0, 0) if none. i: a number or a tensor of them."""
         tile_n: gl.constexpr = self.config.tile_n
         tile_m: gl.constexpr = self.config.tile_m
-        b = divided(i, self.m_blocks_magic)
+        b, row = self.place(i)
         n = self.length(b, mask)
         start = self.pad(b, mask)
         end = n
         if self.config.packed_q or self.config.right_edge or self.config.left_edge:
-            row = (i - b * self.m_blocks) * tile_m
             _, t = self.tokens(b, mask)
             if self.config.right_edge:
-                last = gl.minimum(divided(row + (tile_m - 1), self.group_magic), t - 1)
+                last = gl.minimum(self.token(row + (tile_m - 1)), t - 1)
                 end = gl.minimum(end, n - t + last + self.window_right + 1)
             if self.config.left_edge:
-                first = divided(row, self.group_magic)
+                first = self.token(row)
                 start = gl.maximum(start, n - t + first - self.window_left)
-            end = gl.where(row < t * self.group_size, end, 0)
+            end = gl.where(row < t * self.config.group_size, end, 0)
         some = (end > start) & mask
         return gl.where(some, start // tile_n, 0), gl.where(some, (end + tile_n - 1) // tile_n, 0)
 
@@ -173,7 +186,7 @@ def first_segment(work, unit, count):
     some = count > 0
     item = gl.where(some, item, 0)
     first, end = work.tiles(item, some)
-    batch = divided(item, work.m_blocks_magic)
+    batch, _ = work.place(item)
     tile = work.splits.tile_of(unit - before, first, end)
     stop = work.splits.stop(tile, first, end, count)
     left = count - work.splits.used(tile, stop)
@@ -200,7 +213,7 @@ def next_segment(work, at):
             item += 1
             first, end = work.tiles(item, True)
         tile = first
-        batch = divided(item, work.m_blocks_magic)
+        batch, _ = work.place(item)
         length = work.length(batch, True)
         pad = work.pad(batch, True)
     stop = work.splits.stop(tile, first, end, at.left)
@@ -227,15 +240,16 @@ class Parts:
 
 
 @gluon.jit
-def parts_of(work, before, units, share, kv_head, num_kv_heads):
+def parts_of(work, before, units, share, kv_head):
     """Parts of an item with `units` units after `before` others.
 
     Shared: a program has at most one segment that begins inside an item and one that goes on in the next
     program: two slots each, the second for the latter. Else every unit has a slot.
     """
+    num_kv_heads: gl.constexpr = work.config.num_kv_heads
     if work.splits.shared:
         c = before // share
         count = (before + units - 1) // share - c + 1
-        return Parts(count, 2 * (c * num_kv_heads + kv_head), 2 * num_kv_heads, True)
+        return Parts(count, 2 * (c * num_kv_heads + kv_head), gl.to_tensor(2 * num_kv_heads), True)
     else:
-        return Parts(units, before * num_kv_heads + kv_head, num_kv_heads, False)
+        return Parts(units, before * num_kv_heads + kv_head, gl.to_tensor(num_kv_heads), False)

@@ -5,46 +5,43 @@ partials of it at once, so that their loads are in flight together. Launched ear
 launch): it looks the work up while the decode kernel still runs, then waits for it.
 """
 
-from tandem_attn.device.division import divided
 from tandem_attn.device.gluon import gdc_wait, gl, gluon
 from tandem_attn.device.partials import Results, merged_columns
 from tandem_attn.device.softmax import LN2
 from tandem_attn.device.work import parts_of
-from tandem_attn.kernels.decode import as_tensors, make_work
+from tandem_attn.kernels.decode import make_work
 
 
 @gluon.jit(do_not_specialize=["seqlen"])
 def combine_partials(
-    out_ptr, lse_ptr, o_part, l_part, pointers, seqlen, numbers, magics, per_head, config: gl.constexpr
+    out_ptr, lse_ptr, o_part, l_part, pointers, seqlen, numbers, m_blocks_magic, per_head, config: gl.constexpr
 ):
     """Grid: (rows of an item times KV heads, items, blocks of columns). Arguments as those of the decode kernel."""
     c: gl.constexpr = config.static
-    numbers = as_tensors(numbers)
-    num_kv_heads = numbers[9]
-    r = gl.program_id(0) // num_kv_heads
-    kv_head = gl.program_id(0) - r * num_kv_heads
+    r = gl.program_id(0) // c.num_kv_heads
+    kv_head = gl.program_id(0) - r * c.num_kv_heads
     item = gl.program_id(1)
-    work = make_work(pointers, seqlen, numbers, magics, c)
+    work = make_work(pointers, seqlen, numbers, m_blocks_magic, c)
     units, some_empty = work.num_units()
     share = gl.maximum((units + per_head - 1) // per_head, 1)
     first, end = work.tiles(item, True)
     parts = parts_of(
-        work, work.units_before(item), work.splits.units(first, end), share, kv_head, num_kv_heads
+        work, work.units_before(item), work.splits.units(first, end), share, kv_head
     )
-    results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head, num_kv_heads, numbers[15], numbers[14] * 8)
+    results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
     gdc_wait()
     if (first < end) & (parts.count > 1):
         layout: gl.constexpr = c.combine_layout
         by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
         row = r + gl.arange(0, 1, by_row)
         start = gl.program_id(2) * c.combine_width
-        x, lse = merged_columns(results, parts, row, row < results.rows, start, c.combine_width, layout, c)
+        x, lse = merged_columns(results, parts, row, row < c.rows, start, c.combine_width, layout, c)
         out_unused, of_lse, written = results.places(work, item, row, c)
         gl.store(lse_ptr + of_lse, lse * LN2, mask=written & (start == 0))
         of_x: gl.constexpr = x.type.layout
         row_x = r + gl.arange(0, 1, gl.SliceLayout(1, of_x))
         of_out, lse_unused, there = results.places(work, item, row_x, c)
         columns = start + gl.arange(0, c.combine_width, gl.SliceLayout(0, of_x))
-        keep = there[:, None] & (columns < results.head_dim_v)[None, :]
-        to = out_ptr + (of_out * results.head_dim_v)[:, None] + columns[None, :]
+        keep = there[:, None] & (columns < c.columns_v)[None, :]
+        to = out_ptr + (of_out * c.columns_v)[:, None] + columns[None, :]
         gl.store(to, x.to(out_ptr.dtype.element_ty), mask=keep)

@@ -23,6 +23,8 @@ _SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 TILE_WIDTHS = (64, 128, 256)  # columns of a tile: TMA fills what a head has not with zeros
 MAX_ITEMS_AT_ONCE = 1024
 MERGE_BYTES = 64 * 1024  # partials of an item that its last program merges; more are left to a second kernel
+MERGE_BYTES_OF_ROWS = 512 * 1024  # the same for many rows, which the second kernel would take one by one
+MAX_KNOWN_TOKENS = 16  # queries of a sequence up to which kernels are compiled for their number
 PIECE_ROWS = 8  # at least: the unit in which shared memory is swizzled
 
 
@@ -52,7 +54,13 @@ class DecodeConfig:
     num_stages: int
     rows_stored: int  # rows that the results of an item are kept for: a power of two, at most tile_m
     items_at_once: int  # items that a look at the work list takes in
-    paged: bool = False
+    # what does not change while a model runs is compiled in: every line of kernel arguments that a program
+    # reads costs it 0.1 us of waiting before its first load (H200, 2026-11-25)
+    heads: tuple[int, int]  # KV heads, and query heads for each of them
+    dims: tuple[int, int]  # columns of K and of V that exist
+    tokens: int  # queries of a sequence; 0: known at run time (many, or packed)
+    amount: int  # of the splits
+    page_size: int = 0
     pieces: int = 1  # pages of a tile, where a page is less than a tile
     right_edge: bool = False  # a window, or causal with several tokens
     left_edge: bool = False
@@ -65,6 +73,7 @@ class DecodeConfig:
     merges: bool = True  # the last program of an item merges its partials; else a second kernel does
     parts_at_once: int = 16  # partials that a look of the merge takes in
     same_strides: bool = False  # of K and V
+    halves: int = 1  # parts of a tile, of which one is multiplied while the other is in the softmax
     residents: int = 1  # programs of a multiprocessor: two hide each other's waits where one cannot
 
     def __post_init__(self) -> None:
@@ -90,6 +99,36 @@ class DecodeConfig:
     @property
     def dtype(self):
         return gl.bfloat16 if self.element == "bf16" else gl.float16
+
+    @property
+    def paged(self) -> bool:
+        return self.page_size > 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads[0]
+
+    @property
+    def group_size(self) -> int:
+        return self.heads[1]
+
+    @property
+    def one_block(self) -> bool:
+        """Whether the rows of a sequence are one item."""
+        return self.RowKind is WarpKeys
+
+    @property
+    def columns(self) -> int:
+        return self.dims[0]
+
+    @property
+    def columns_v(self) -> int:
+        return self.dims[1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of an item that partial results are kept for."""
+        return min(self.tile_m, self.tokens * self.group_size) if self.tokens else self.tile_m
 
     @property
     def piece_rows(self) -> int:
@@ -154,8 +193,13 @@ class DecodeConfig:
         return gl.NVMMADistributedLayout([2, 0], [self.num_warps, 1, 1], [1, 16, 8])
 
     @property
+    def part_n(self) -> int:
+        """Keys of a part of a tile."""
+        return self.tile_n // self.halves
+
+    @property
     def s_layout(self):
-        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.tile_n, 16])
+        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.part_n, 16])
 
     @property
     def o_layout(self):
@@ -164,7 +208,7 @@ class DecodeConfig:
     @property
     def merge_layout(self):
         """[partials, rows, columns]: every thread holds 4 columns of a row of all partials."""
-        across = min(32, self.v_width // 4)
+        across = min(32, self.merge_width // 4)
         return gl.BlockedLayout([1, 1, 4], [1, 32 // across, across], [1, self.num_warps, 1], [2, 1, 0])
 
     @property
@@ -206,6 +250,11 @@ class DecodeConfig:
             return 0
         o = 0 if self.scratch_fits else self.kept_rows * self.head_dim_v
         return 4 * self.num_warps * (o + 2 * self.tile_m)
+
+    @property
+    def merge_width(self) -> int:
+        """Columns that the last program of an item merges at a time."""
+        return self.head_dim_v if self.merges_warps else 64
 
     @property
     def combine_width(self) -> int:
@@ -270,11 +319,11 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         tile_n = {64: 128, 128: 64, 256: 32}[widest]
     else:
         kind, num_warps = WarpRows, tile_m // 16
-        tile_n = {64: 128, 128: 64, 256: 64}[widest]
+        tile_n = {64: 128, 128: 64 if tile_m == 64 else 128, 256: 64}[widest]
     stage = 2 * tile_n * (head_dim + head_dim_v)
     pieces = pieces_of_a_tile(spec.page_size, tile_n)
     num_stages = max(2, 96 * 1024 // stage)
-    residents = 2 if tile_m == 64 or pieces is None else 1
+    residents = 2 if pieces is None else 1
     rows = min(tile_m, spec.seqlen_q * spec.group_size)
     items = spec.batch * blocks_of_rows(spec)
     absolute = spec.split_size is not None
@@ -291,7 +340,11 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         num_stages=num_stages,
         rows_stored=tile_m,
         items_at_once=1 if items == 1 else min(MAX_ITEMS_AT_ONCE, max(32, power_of_two(items))),
-        paged=spec.page_size > 0,
+        heads=(spec.num_kv_heads, spec.group_size),
+        dims=(spec.head_dim, spec.head_dim_v),
+        tokens=spec.seqlen_q if spec.seqlen_q <= MAX_KNOWN_TOKENS and not spec.packed_q else 0,
+        amount=spec.split_size // tile_n if absolute else max(1, spec.num_splits),
+        page_size=spec.page_size,
         pieces=pieces or 1,
         right_edge=spec.window.right >= 0,
         left_edge=spec.window.left >= 0,
@@ -302,6 +355,7 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         has_leftpad=spec.has_leftpad,
         has_batch_idx=spec.has_batch_idx,
         same_strides=head_dim == head_dim_v and spec.k_stride == spec.v_stride,
+        halves=2 if tile_m == 128 and tile_n == 128 else 1,
         residents=residents,
     )
     if kind is WarpKeys:
@@ -314,10 +368,14 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
     parts = -(-programs // (max(1, items) * spec.num_kv_heads)) + 1
     if spec.num_splits:
         parts = spec.num_splits
-    merges = kind is WarpKeys and not absolute and parts * rows * head_dim_v * 4 <= MERGE_BYTES
-    at_once = max(1, min(16, 64 * 32 * num_warps // (config.rows_stored * head_dim_v)))
+    size = parts * rows * head_dim_v * 4
+    merges = not absolute and size <= (MERGE_BYTES if kind is WarpKeys else MERGE_BYTES_OF_ROWS)
     if not merges:
         at_once = 16 if absolute else max(16, min(256, power_of_two(parts)))
+    elif kind is WarpKeys:
+        at_once = max(1, min(16, 64 * 32 * num_warps // (config.rows_stored * head_dim_v)))
+    else:
+        at_once = 1
     return dataclasses.replace(config, merges=merges, parts_at_once=at_once)
 
 

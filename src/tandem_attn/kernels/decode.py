@@ -13,7 +13,6 @@ Why each of these is so, and what it measured: docs/kernels/decode.md.
 """
 
 from tandem_attn.device.decode_rows import Rows
-from tandem_attn.device.division import divided
 from tandem_attn.device.gluon import (
     aggregate,
     gdc_launch_dependents,
@@ -22,21 +21,21 @@ from tandem_attn.device.gluon import (
     mbarrier,
     thread_barrier,
 )
-from tandem_attn.device.partials import Results, merge_partials, store_partial, store_result, store_zeros
+from tandem_attn.device.partials import Results, store_merged, store_partial, store_result, store_zeros
 from tandem_attn.device.work import Cursor, Work, first_segment, next_segment, parts_of
 
 
 @gluon.jit
-def _load_q(q_ptr, q_smem, work, results, item, batch, strides, head_dim, config: gl.constexpr):
+def _load_q(q_ptr, q_smem, work, kv_head, item, strides, config: gl.constexpr):
     """The packed rows of an item; zeros in rows and columns that do not exist."""
     width: gl.constexpr = config.k_width
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [config.num_warps, 1], [1, 0])
+    batch, row = work.place(item)
     start, tokens = work.tokens(batch, True)
-    r = gl.arange(0, config.tile_m, gl.SliceLayout(1, layout))
-    row = (item - batch * work.m_blocks) * config.tile_m + r
-    token = divided(row, work.group_magic)
+    row = row + gl.arange(0, config.tile_m, gl.SliceLayout(1, layout))
+    token = work.token(row)
     there = token < tokens
-    head = results.kv_head * work.group_size + (row - token * work.group_size)
+    head = kv_head * config.group_size + (row - token * config.group_size)
     if config.packed_q:
         base = (start + token).to(gl.int64) * strides[1]
     else:
@@ -44,7 +43,7 @@ def _load_q(q_ptr, q_smem, work, results, item, batch, strides, head_dim, config
     base += head.to(gl.int64) * strides[2]
     for c in gl.static_range(config.k_chunks):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
-        keep = there[:, None] & (columns < head_dim)[None, :]
+        keep = there[:, None] & (columns < config.columns)[None, :]
         x = gl.load(q_ptr + (base * 8)[:, None] + columns[None, :], mask=keep, other=0.0)
         q_smem.index(c).store(x)
 
@@ -53,18 +52,18 @@ def _load_q(q_ptr, q_smem, work, results, item, batch, strides, head_dim, config
 def _rows_of(work, at, config: gl.constexpr):
     """What the rows of the item at a cursor may see."""
     _, tokens = work.tokens(at.batch, True)
-    row = (at.item - at.batch * work.m_blocks) * config.tile_m
+    _, row = work.place(at.item)
     offset = at.length - tokens
     seen_by_all = at.length
     from_all = at.pad
     if config.right_edge:
-        first = divided(row, work.group_magic)
+        first = work.token(row)
         seen_by_all = gl.minimum(seen_by_all, offset + first + work.window_right + 1)
     if config.left_edge:
-        last = gl.minimum(divided(row + (config.tile_m - 1), work.group_magic), tokens - 1)
+        last = gl.minimum(work.token(row + (config.tile_m - 1)), tokens - 1)
         from_all = gl.maximum(from_all, offset + last - work.window_left)
-    return Rows(at.length, at.pad, offset, row, seen_by_all, from_all, work.group_magic, work.window_left,
-                work.window_right, config)  # fmt: skip
+    return Rows(at.length, at.pad, offset, row, seen_by_all, from_all, work.window_left, work.window_right,
+                config)  # fmt: skip
 
 
 @gluon.jit
@@ -77,27 +76,21 @@ def _empty_items(work, results, start, step, config: gl.constexpr):
 
 
 @gluon.jit
-def as_tensors(numbers):
-    """The numbers of a call; Triton makes compile-time constants of those that are 1."""
-    tensors = ()
-    for i in gl.static_range(16):
-        tensors = tensors + (gl.to_tensor(numbers[i]),)
-    return tensors
-
-
-@gluon.jit
-def make_work(pointers, seqlen, numbers, magics, config: gl.constexpr):
+def make_work(pointers, seqlen, numbers, m_blocks_magic, config: gl.constexpr):
     """The facts of a call, from the tuples that kernels/launch_decode.py builds."""
     seqlens, cu_seqlens_new, leftpad, cu_seqlens_q = pointers[0], pointers[1], pointers[2], pointers[3]
-    splits = config.Splits(numbers[10])
+    n = ()
+    for i in gl.static_range(8):  # Triton makes compile-time constants of those that are 1
+        n = n + (gl.to_tensor(numbers[i]),)
+    splits = config.Splits(gl.to_tensor(config.amount))
     return Work(
-        seqlens, cu_seqlens_new, leftpad, cu_seqlens_q, seqlen, numbers[0], numbers[1], numbers[2], numbers[3],
-        numbers[4], numbers[5], numbers[6], magics[0], numbers[7], numbers[8], magics[1], splits, config,
+        seqlens, cu_seqlens_new, leftpad, cu_seqlens_q, seqlen, n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7],
+        m_blocks_magic, splits, config,
     )  # fmt: skip
 
 
 @gluon.jit
-def _make_tiles(k, v, pointers, numbers, magics, strides, head, config: gl.constexpr):
+def _make_tiles(k, v, pointers, table_stride, strides, head, config: gl.constexpr):
     """The cache, and the stages that its tiles pass through."""
     k_smem = gl.allocate_shared_memory(
         config.dtype.value, [config.num_stages * config.k_chunks * config.pieces, config.piece_rows, config.k_width],
@@ -108,18 +101,13 @@ def _make_tiles(k, v, pointers, numbers, magics, strides, head, config: gl.const
         config.piece_layout(config.v_width),
     )  # fmt: skip
     batch_idx, page_table = pointers[4], pointers[5]
-    table_stride, page_size = numbers[11], numbers[12]
+    stride = gl.to_tensor(table_stride)
     if config.Tiles.clears:
-        return config.Tiles(
-            k, v, k_smem, v_smem, page_table, table_stride, batch_idx, page_size, magics[2], head,
-            (strides[3], strides[4], strides[5]), (strides[6], strides[7], strides[8]), numbers[13] * 8, numbers[14] * 8,
-            config,
-        )  # fmt: skip
+        k_strides, v_strides = (strides[3], strides[4], strides[5]), (strides[6], strides[7], strides[8])
+        return config.Tiles(k, v, k_smem, v_smem, page_table, stride, batch_idx, head, k_strides, v_strides, config)
     else:
         full = gl.allocate_shared_memory(gl.int64, [config.num_stages, 1], mbarrier.MBarrierLayout())
-        return config.Tiles(
-            k, v, k_smem, v_smem, full, page_table, table_stride, batch_idx, page_size, magics[2], head, config
-        )
+        return config.Tiles(k, v, k_smem, v_smem, full, page_table, stride, batch_idx, head, config)
 
 
 @gluon.jit
@@ -140,37 +128,32 @@ def _make_scratch(config: gl.constexpr):
 def _finish(work, results, at, parts, x, lse, counters, unit, config: gl.constexpr):
     """Write what a segment gave: the result of an item, or a part of it. `unit`: of the item, of the
     segment's first tile."""
-    final = parts.count == 1
-    if parts.count > 1:
+    if parts.count == 1:
+        store_result(results, work, at.item, x, lse, config)
+    else:
         store_partial(results, parts.slot(unit), x, lse, config)
         if config.merges:
             thread_barrier()
-            counter = counters + (at.item * results.num_kv_heads + results.kv_head)
+            counter = counters + (at.item * config.num_kv_heads + results.kv_head)
             if gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts.count - 1:
-                x, lse = merge_partials(results, parts, config.merge_layout, config)
+                store_merged(results, work, at.item, parts, config)
                 gl.store(counter, 0)
-                final = parts.count > 1
-    if final:
-        store_result(results, work, at.item, x, lse, config)
 
 
 @gluon.jit(do_not_specialize=["seqlen"])
 def decode_attention(
-    k, v, q_ptr, out_ptr, lse_ptr, o_part, l_part, counters, pointers, seqlen, numbers, magics, strides, scales,
-    config: gl.constexpr,
+    k, v, q_ptr, out_ptr, lse_ptr, o_part, l_part, counters, pointers, seqlen, numbers, m_blocks_magic,
+    table_stride, strides, scales, config: gl.constexpr,
 ):  # fmt: skip
     """One program of the decode kernel. Tuples: see kernels/launch_decode.py."""
     c: gl.constexpr = config.static
-    numbers = as_tensors(numbers)
-    num_kv_heads = numbers[9]
     program = gl.program_id(0)
-    per_head = gl.num_programs(0) // num_kv_heads
-    place = divided(program, magics[3])
-    kv_head = program - place * num_kv_heads
-    work = make_work(pointers, seqlen, numbers, magics, c)
-    rows_kept = numbers[15]
-    results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head, num_kv_heads, rows_kept, numbers[14] * 8)
-    tiles = _make_tiles(k, v, pointers, numbers, magics, strides, kv_head, c)
+    per_head = gl.num_programs(0) // c.num_kv_heads
+    place = program // c.num_kv_heads
+    kv_head = program - place * c.num_kv_heads
+    work = make_work(pointers, seqlen, numbers, m_blocks_magic, c)
+    results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
+    tiles = _make_tiles(k, v, pointers, table_stride, strides, kv_head, c)
     q_smem = gl.allocate_shared_memory(
         c.dtype.value, [c.k_chunks, c.tile_m, c.k_width], c.q_layout
     )
@@ -197,8 +180,7 @@ def decode_attention(
     it = unit * 0
     going = count > 0
     while going:
-        batch = at.batch
-        _load_q(q_ptr, q_smem, work, results, at.item, batch, strides, numbers[13] * 8, c)
+        _load_q(q_ptr, q_smem, work, kv_head, at.item, strides, c)
         q = rows_kind.operand(q_smem)
         state = rows_kind.empty()
         rows = _rows_of(work, at, c)
@@ -217,7 +199,7 @@ def decode_attention(
             if at.left == 0:
                 gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
         x, lse = rows_kind.finish(state, tiles, scratch, (it - 1) % c.num_stages)
-        parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share, kv_head, num_kv_heads)
+        parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share, kv_head)
         if work.splits.shared:
             part = place - at.before // share
         else:

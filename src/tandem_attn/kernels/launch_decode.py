@@ -86,7 +86,7 @@ class DecodePlan:
         self.per_head = programs_per_head(spec.num_kv_heads, config.residents * multiprocessors)
         self.programs = self.per_head * spec.num_kv_heads
         self.items = spec.batch * blocks_of_rows(spec)
-        self.rows = min(config.tile_m, spec.seqlen_q * spec.group_size)
+        self.rows = config.rows
         self.device_index = spec.device.index or 0
         slots = self._slots()
         self.o_bytes = 4 * slots * self.rows * config.head_dim_v
@@ -110,29 +110,21 @@ class DecodePlan:
             each = max(1, -(-spec.capacity // spec.split_size))
         return self.items * spec.num_kv_heads * each
 
-    def _numbers(self, new: New) -> tuple[tuple, tuple, tuple, tuple]:
-        """(numbers, magics, strides, scales) of the kernels; see `make_work` and `_make_tiles`."""
-        spec, config = self.spec, self.config
+    def _numbers(self, new: New) -> tuple:
+        """(numbers, magic of m_blocks, table stride, strides, scales) of the kernels; see `make_work`."""
+        spec = self.spec
         left, right = (UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in _sides(spec))
         m_blocks = blocks_of_rows(spec)
-        amount = 1
-        if spec.split_size is not None:
-            amount = spec.split_size // config.tile_n
-        elif spec.num_splits:
-            amount = spec.num_splits
         numbers = (
-            new.seqlen_new, spec.seqlen_q, spec.total_q, spec.capacity, left, right, spec.group_size, self.items,
-            m_blocks, spec.num_kv_heads, amount, spec.table_stride, max(1, spec.page_size), spec.head_dim // 8,
-            spec.head_dim_v // 8, self.rows,
+            new.seqlen_new, spec.seqlen_q, spec.total_q, spec.capacity, left, right, self.items, m_blocks
         )  # fmt: skip
-        divisors = (spec.group_size, m_blocks, max(1, spec.page_size), spec.num_kv_heads)
         q_stride = (0, *spec.q_stride) if spec.packed_q else spec.q_stride
         strides = (*q_stride[:3], *spec.k_stride[:3], *spec.v_stride[:3])
         if spec.softcap > 0.0:
             scales = (spec.softcap * LOG2E, spec.softmax_scale / spec.softcap)
         else:
             scales = (spec.softmax_scale * LOG2E, 0.0)
-        return numbers, tuple(map(division_magic, divisors)), tuple(s // 8 for s in strides), scales
+        return numbers, division_magic(m_blocks), spec.table_stride, tuple(s // 8 for s in strides), scales
 
     def _memory(self, q, workspace) -> tuple[torch.Tensor, ...]:
         """(counters int32, lse, l_part, o_part float32) for a call."""
