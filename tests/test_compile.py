@@ -1,25 +1,16 @@
 """Every shipped kernel compiles for sm_90a without a GPU, on every supported Triton, as it should.
 
-The installed Triton compiles all of testing/shipped.py: variants(), others the bf16 kernels. Others are found
-in VENV/triton-X.Y.Z, where tools/triton_matrix.sh puts them. Results are kept in pytest's cache under a
-digest of all sources that matter: an edit compiles everything again, nothing else does.
-
-    TANDEM_TRITON_MATRIX=0   the installed Triton only
-    TANDEM_COMPILE_JOBS=1    fewer processes than cores
+The installed Triton compiles all of testing/shipped.py: variants(), others the bf16 kernels. How, and what to
+set: tests/compile_matrix.py.
 """
 
 import functools
-import hashlib
-import importlib.metadata
-import json
 import os
-import pathlib
-import subprocess
 import sys
 
 import pytest
+from compile_matrix import INSTALLED, SUPPORTED, Compiled, cases, why_missing
 
-import tandem_attn
 from tandem_attn.device.gluon import copies_operands
 from tandem_attn.device.mask import NoMask
 from tandem_attn.device.schedule import PlainTiles
@@ -29,35 +20,9 @@ from tandem_attn.testing.compile import Report, named_barriers, report, unfenced
 from tandem_attn.testing.sass import register_use, tight_loops
 from tandem_attn.testing.shipped import Variant, distinct_variants, variants
 
-PACKAGE = pathlib.Path(tandem_attn.__file__).parent
-TOOLS = PACKAGE.parents[1] / "tools"
-INSTALLED = importlib.metadata.version("triton").partition("+")[0]
-SUPPORTED = dict(
-    line.split() for line in (TOOLS / "tritons.txt").read_text().splitlines()
-)  # version: oldest Python
-JOBS = int(os.environ.get("TANDEM_COMPILE_JOBS") or os.cpu_count())
-
 # Bytes of spill stores and loads in a whole kernel: prologue and epilogue, a few microseconds in all.
 MAX_SPILL = 256
 MAX_SPILL_WITH_COPIES = 448  # device/gluon.py: copies_operands
-
-
-def why_missing(version: str) -> str:
-    """Why this Triton is not there; empty if it is."""
-    if version == INSTALLED or (where(version) / "triton").is_dir():
-        return ""
-    if os.environ.get("TANDEM_TRITON_MATRIX") == "0":
-        return "TANDEM_TRITON_MATRIX=0"
-    oldest = tuple(map(int, SUPPORTED[version].split(".")))
-    if sys.version_info[:2] < oldest:
-        return f"needs Python {SUPPORTED[version]}"
-    failed = where(version).with_suffix(where(version).suffix + ".failed")
-    said = failed.read_text().strip().splitlines()[-1:] if failed.exists() else []
-    return said[0] if said else f"not in {where(version)}: run tools/triton_matrix.sh"
-
-
-def where(version: str) -> pathlib.Path:
-    return pathlib.Path(sys.prefix, f"triton-{version}")
 
 
 @functools.cache
@@ -67,65 +32,14 @@ def variants_for(version: str) -> dict[str, Variant]:
     return {v.name: v for v in made}
 
 
-def cases():
-    """(version, name) of everything to compile; versions that are missing are one skipped case."""
-    versions = list(dict.fromkeys([INSTALLED, *SUPPORTED]))
-    for version in versions:
-        missing = why_missing(version)
-        if missing:
-            skip = pytest.mark.skip(reason=f"Triton {version}: {missing}")
-            yield pytest.param(version, next(iter(variants_for(version))), marks=skip, id=version)
-            continue
-        for name in variants_for(version):
-            yield pytest.param(version, name, id=f"{version}-{name}")
-
-
-CASES = list(cases())
+CASES = list(cases(variants_for))
 
 
 @pytest.fixture(scope="session")
 def reports(request, tmp_path_factory):
-    """A function (version, name) -> Report; when first asked, it compiles all that is wanted of a version."""
-    known: dict[str, dict] = {}
-    sources = [*sorted(PACKAGE.glob("device/*.py")), *sorted(PACKAGE.glob("kernels/*.py"))]
-    sources += [PACKAGE / "testing" / f"{name}.py" for name in ("compile", "sass", "shipped")]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    cache = getattr(request.config, "cache", None)
-    folder = cache.mkdir("compiled") if cache else tmp_path_factory.mktemp("compiled")
-
-    def get(version: str, name: str) -> Report:
-        kept = folder / f"{version}-{digest}.json"
-        if version not in known:
-            known[version] = json.loads(kept.read_text()) if kept.exists() else {}
-        fields = known[version]
-        if name not in fields:
-            params = [i.callspec.params for i in request.session.items if hasattr(i, "callspec")]
-            wanted = {p["name"] for p in params if p.get("version") == version} | {name}
-            fields |= compile_with(version, sorted(wanted - set(fields)), request.config, tmp_path_factory)
-            for old in folder.glob(f"{version}-*.json"):
-                old.unlink()
-            kept.write_text(json.dumps(fields))
-        if "error" in fields[name]:
-            pytest.fail(f"Triton {version} does not compile {name}:\n{fields[name]['error']}")
-        return Report.from_json(fields[name])
-
-    return get
-
-
-def compile_with(version: str, names: list[str], config, tmp_path_factory) -> dict:
-    """Reports of these kernels by another interpreter, which sees that Triton first."""
-    terminal = config.pluginmanager.get_plugin("terminalreporter")
-    if terminal:
-        terminal.write_line(f"\ncompiling {len(names)} kernels with Triton {version}, {JOBS} at a time")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "TANDEM_"))}
-    if version != INSTALLED:
-        environment["PYTHONPATH"] = os.pathsep.join([str(where(version)), os.environ.get("PYTHONPATH", "")])
-    out = tmp_path_factory.mktemp("reports") / f"{version}.json"
-    command = [sys.executable, "-m", "tandem_attn.testing.compile", "--jobs", str(JOBS), "--out", out, *names]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
-    assert out.exists(), f"{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
-    assert run.stdout.startswith(f"triton {version}"), f"another Triton: {run.stdout[:100]}"
-    return json.loads(out.read_text())
+    """A function (version, name) -> Report."""
+    compiled = Compiled(request, tmp_path_factory, "compile", ("sass", "shipped"))
+    return lambda version, name: Report.from_json(compiled.report(version, name))
 
 
 def products_per_block(config: ForwardConfig) -> int:

@@ -13,6 +13,7 @@ from tandem_attn.device.gluon import (
     gluon,
     mma_v2,
     policy,
+    reinterpreted,
     thread_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -89,7 +90,7 @@ def chunk_of(smem, stage, c: gl.constexpr, chunks: gl.constexpr, width: gl.const
     else:
         shape: gl.constexpr = [config.num_stages * chunks, config.tile_n, width]
         layout: gl.constexpr = config.tile_layout(width)
-        return smem._reinterpret(smem.dtype, shape, layout).index(stage * chunks + c)
+        return reinterpreted(smem, smem.dtype, shape, layout).index(stage * chunks + c)
 
 
 @aggregate
@@ -176,7 +177,9 @@ class WarpKeys:
         o = ()
         for c in gl.static_range(config.v_chunks):
             v = chunk_of(tiles.v_smem, stage, c, config.v_chunks, config.v_width, config)
-            o = o + (mma_v2(p, v.reshape([W, keys, config.v_width]).load(right), state.o[c] * alpha[:, :, None]),)
+            o = o + (
+                mma_v2(p, v.reshape([W, keys, config.v_width]).load(right), state.o[c] * alpha[:, :, None]),
+            )
         return State(m, l, o)
 
     @gluon.jit
@@ -191,7 +194,7 @@ class WarpKeys:
         ml_smem = scratch[0]
         if config.scratch_fits > 0:  # the stage just left is filled again after the next meeting only
             thread_barrier()
-            o_smem = tiles.v_smem._reinterpret(gl.float32, config.scratch_in_stages, config.scratch_layout)
+            o_smem = reinterpreted(tiles.v_smem, gl.float32, config.scratch_in_stages, config.scratch_layout)
             o_smem = o_smem.index(stage * config.scratch_fits)
         else:
             o_smem = scratch[1]

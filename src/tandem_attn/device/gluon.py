@@ -24,6 +24,7 @@ __all__ = [
     "COPIES_OPERANDS",
     "aggregate",
     "async_copy",
+    "async_load",
     "base_value",
     "copies_operands",
     "fence_async_shared",
@@ -34,6 +35,7 @@ __all__ = [
     "mbarrier",
     "mma_v2",
     "policy",
+    "reinterpreted",
     "thread_barrier",
     "tma_load",
     "tma_store",
@@ -53,10 +55,13 @@ def copies_operands(version: str) -> bool:
 
 COPIES_OPERANDS = copies_operands(triton.__version__)
 
-# Renamed in 3.8; in 3.9 the old names exist and raise.
+# Renamed in 3.8 or 3.9; in 3.9 the old names exist and raise.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+_descriptor = gl.shared_memory_descriptor  # methods of it are called as functions
+reinterpreted = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
 
 if hasattr(gluon, "aggregate"):

@@ -9,6 +9,7 @@ hold zeros (gathered, or another page) or whatever is in the cache (loaded): the
 
 from tandem_attn.device.gluon import (
     async_copy,
+    async_load,
     base_value,
     fence_async_shared,
     gl,
@@ -58,14 +59,21 @@ class LoadedTiles:
             return ((_cache_row(self, at, valid), n0),)
         elif self.config.pieces == 1:
             page = (n0.to(gl.uint32) // self.config.page_size).to(gl.int32)
-            found = gl.load(self.page_table + at.batch.to(gl.int64) * self.table_stride + page, mask=valid, other=0)
+            found = gl.load(
+                self.page_table + at.batch.to(gl.int64) * self.table_stride + page, mask=valid, other=0
+            )
             return ((found, n0 - page * self.config.page_size),)
         else:
             places = ()
             for p in gl.static_range(self.config.pieces):
                 row = n0 + p * self.config.piece_rows
                 there = valid & (row < at.length)
-                entry = self.page_table + at.batch.to(gl.int64) * self.table_stride + at.tile * self.config.pieces + p
+                entry = (
+                    self.page_table
+                    + at.batch.to(gl.int64) * self.table_stride
+                    + at.tile * self.config.pieces
+                    + p
+                )
                 found = gl.load(entry, mask=there, other=0)
                 # nothing is read past the end of a page: zeros
                 places = places + ((found, gl.where(there, 0, self.config.piece_rows)),)
@@ -79,7 +87,9 @@ class LoadedTiles:
         k_chunks: gl.constexpr = self.config.k_chunks
         v_chunks: gl.constexpr = self.config.v_chunks
         mbarrier.expect(
-            bar, pieces * (k_chunks * self.k.block_type.nbytes + v_chunks * self.v.block_type.nbytes), pred=valid
+            bar,
+            pieces * (k_chunks * self.k.block_type.nbytes + v_chunks * self.v.block_type.nbytes),
+            pred=valid,
         )
         for c in gl.static_range(k_chunks):
             for p in gl.static_range(pieces):
@@ -140,7 +150,9 @@ class GatheredTiles:
                 there = valid & (rows < at.length) & (rows >= at.pad)
                 page = (rows.to(gl.uint32) // self.config.page_size).to(gl.int32)
                 entry = self.page_table + at.batch.to(gl.int64) * self.table_stride + page
-                places = places + ((gl.load(entry, mask=there, other=0), rows - page * self.config.page_size),)
+                places = places + (
+                    (gl.load(entry, mask=there, other=0), rows - page * self.config.page_size),
+                )
             else:
                 places = places + ((rows * 0 + _cache_row(self, at, valid), rows),)
         return places
@@ -157,7 +169,7 @@ class GatheredTiles:
         rows = self._rows(at, width)
         columns = gl.arange(0, width, gl.SliceLayout(0, layout))
         keep = valid & (rows < at.length) & (rows >= at.pad)
-        async_copy.async_copy_global_to_shared(
+        async_load(
             smem, x + (offsets * 8)[:, None] + columns[None, :], mask=keep[:, None] & (columns < dim)[None, :]
         )
 

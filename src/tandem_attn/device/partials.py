@@ -83,7 +83,9 @@ def store_zeros(results, work, item, config: gl.constexpr):
 
 
 @gluon.jit
-def merged_columns(results, parts, r, keep, start_column, width: gl.constexpr, layout: gl.constexpr, config: gl.constexpr):
+def merged_columns(
+    results, parts, r, keep, start_column, width: gl.constexpr, layout: gl.constexpr, config: gl.constexpr
+):
     """(output [rows, width], base-2 lse [rows]) of the partials of an item, for rows r and some columns.
 
     layout: [partials, rows, columns]. Partials without keys have lse -inf and count for nothing, whatever

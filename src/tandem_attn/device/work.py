@@ -112,29 +112,49 @@ class Work:
         return self.splits.units(first, end)
 
     @gluon.jit
-    def num_units(self):
-        """(units of all items, whether some item has none)."""
-        size: gl.constexpr = self.config.items_at_once
-        if size == 1:
+    def look(self):
+        """Units of the first items, a tensor; of the only one, a number."""
+        if self.config.items_at_once == 1:
             first, end = self.tiles(self.num_items - 1, self.num_items > 0)
-            units = self.splits.units(first, end)
-            return units, units == 0
+            return self.splits.units(first, end)
         else:
-            units = self._chunk(0)
-            total = gl.sum(units, 0)
-            present = gl.sum((units > 0).to(gl.int32), 0)
-            for c in range(size, self.num_items, size):
-                units = self._chunk(c)
-                total += gl.sum(units, 0)
-                present += gl.sum((units > 0).to(gl.int32), 0)
-            return total, present < self.num_items
+            return self._chunk(0)
 
     @gluon.jit
-    def find(self, unit):
+    def num_units(self, seen):
+        """Units of all items. `seen`: what look() gave."""
+        size: gl.constexpr = self.config.items_at_once
+        if size == 1:
+            return seen
+        else:
+            total = gl.sum(seen, 0)
+            if not self.config.one_look:
+                for c in range(size, self.num_items, size):
+                    total += gl.sum(self._chunk(c), 0)
+            return total
+
+    @gluon.jit
+    def some_empty(self, seen):
+        """Whether some item has no unit."""
+        size: gl.constexpr = self.config.items_at_once
+        if size == 1:
+            return seen == 0
+        else:
+            present = gl.sum((seen > 0).to(gl.int32), 0)
+            if not self.config.one_look:
+                for c in range(size, self.num_items, size):
+                    present += gl.sum((self._chunk(c) > 0).to(gl.int32), 0)
+            return present < self.num_items
+
+    @gluon.jit
+    def find(self, unit, seen):
         """(item that holds this unit, units of all items before it)."""
         size: gl.constexpr = self.config.items_at_once
         if size == 1:
             return unit * 0, unit * 0
+        elif self.config.one_look:
+            before = gl.associative_scan(seen, 0, _add) <= unit
+            return gl.sum(before.to(gl.int32), 0), gl.sum(gl.where(before, seen, 0), 0)
         else:
             item = unit * 0
             start = unit * 0
@@ -179,10 +199,10 @@ class Cursor:
 
 
 @gluon.jit
-def first_segment(work, unit, count):
+def first_segment(work, seen, unit, count):
     """The segment that begins with this unit, of a program that has `count` units; one without tiles for
     none."""
-    item, before = work.find(unit)
+    item, before = work.find(unit, seen)
     some = count > 0
     item = gl.where(some, item, 0)
     first, end = work.tiles(item, some)
@@ -192,7 +212,9 @@ def first_segment(work, unit, count):
     left = count - work.splits.used(tile, stop)
     tile = gl.where(some, tile, 0)
     stop = gl.where(some, stop, 0)
-    return Cursor(item, batch, work.length(batch, some), work.pad(batch, some), before, first, end, tile, stop, left)
+    return Cursor(
+        item, batch, work.length(batch, some), work.pad(batch, some), before, first, end, tile, stop, left
+    )
 
 
 @gluon.jit

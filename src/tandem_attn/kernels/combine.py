@@ -14,20 +14,26 @@ from tandem_attn.kernels.decode import make_work
 
 @gluon.jit(do_not_specialize=["seqlen"])
 def combine_partials(
-    out_ptr, lse_ptr, o_part, l_part, pointers, seqlen, numbers, m_blocks_magic, per_head, config: gl.constexpr
+    out_ptr,
+    lse_ptr,
+    o_part,
+    l_part,
+    pointers,
+    seqlen,
+    numbers,
+    m_blocks_magic,
+    config: gl.constexpr,
 ):
     """Grid: (rows of an item times KV heads, items, blocks of columns). Arguments as those of the decode kernel."""
     c: gl.constexpr = config.static
     r = gl.program_id(0) // c.num_kv_heads
     kv_head = gl.program_id(0) - r * c.num_kv_heads
     item = gl.program_id(1)
-    work = make_work(pointers, seqlen, numbers, m_blocks_magic, c)
-    units, some_empty = work.num_units()
-    share = gl.maximum((units + per_head - 1) // per_head, 1)
+    work = make_work(pointers, l_part, seqlen, numbers, m_blocks_magic, c)
+    units = work.num_units(work.look())
+    share = gl.maximum((units + c.per_head - 1) // c.per_head, 1)
     first, end = work.tiles(item, True)
-    parts = parts_of(
-        work, work.units_before(item), work.splits.units(first, end), share, kv_head
-    )
+    parts = parts_of(work, work.units_before(item), work.splits.units(first, end), share, kv_head)
     results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
     gdc_wait()
     if (first < end) & (parts.count > 1):

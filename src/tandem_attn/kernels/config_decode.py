@@ -23,8 +23,9 @@ _SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 TILE_WIDTHS = (64, 128, 256)  # columns of a tile: TMA fills what a head has not with zeros
 MAX_ITEMS_AT_ONCE = 1024
 MERGE_BYTES = 64 * 1024  # partials of an item that its last program merges; more are left to a second kernel
-MERGE_BYTES_OF_ROWS = 512 * 1024  # the same for many rows, which the second kernel would take one by one
+MERGE_BYTES_OF_ROWS = 256 * 1024  # the same for many rows, which the second kernel would take one by one
 MAX_KNOWN_TOKENS = 16  # queries of a sequence up to which kernels are compiled for their number
+MAX_PIECES = 4  # more, and starting their loads takes longer than gathering (8: 0.61 of contiguous; H200, 2026-11-25)
 PIECE_ROWS = 8  # at least: the unit in which shared memory is swizzled
 
 
@@ -60,6 +61,7 @@ class DecodeConfig:
     dims: tuple[int, int]  # columns of K and of V that exist
     tokens: int  # queries of a sequence; 0: known at run time (many, or packed)
     amount: int  # of the splits
+    per_head: int  # programs for each KV head
     page_size: int = 0
     pieces: int = 1  # pages of a tile, where a page is less than a tile
     right_edge: bool = False  # a window, or causal with several tokens
@@ -74,6 +76,7 @@ class DecodeConfig:
     parts_at_once: int = 16  # partials that a look of the merge takes in
     same_strides: bool = False  # of K and V
     halves: int = 1  # parts of a tile, of which one is multiplied while the other is in the softmax
+    one_look: bool = True  # at all items
     residents: int = 1  # programs of a multiprocessor: two hide each other's waits where one cannot
 
     def __post_init__(self) -> None:
@@ -304,7 +307,7 @@ def pieces_of_a_tile(page_size: int, tile_n: int) -> int | None:
     """Pages that make up a tile (1: a page holds whole tiles, or there are no pages), or None: gather."""
     if page_size % tile_n == 0:
         return 1
-    if page_size >= PIECE_ROWS and tile_n % page_size == 0:
+    if page_size >= PIECE_ROWS and tile_n % page_size == 0 and tile_n // page_size <= MAX_PIECES:
         return tile_n // page_size
     return None
 
@@ -345,6 +348,8 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         tokens=spec.seqlen_q if spec.seqlen_q <= MAX_KNOWN_TOKENS and not spec.packed_q else 0,
         amount=spec.split_size // tile_n if absolute else max(1, spec.num_splits),
         page_size=spec.page_size,
+        per_head=1,
+        one_look=items <= MAX_ITEMS_AT_ONCE,
         pieces=pieces or 1,
         right_edge=spec.window.right >= 0,
         left_edge=spec.window.left >= 0,
@@ -364,8 +369,8 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         config = dataclasses.replace(config, rows_stored=min(16, max(4, spread, power_of_two(rows))))
     if 2 * (config.shared_memory + 1200) > 228 * 1024:
         config = dataclasses.replace(config, residents=1)
-    programs = programs_per_head(spec.num_kv_heads, config.residents * multiprocessors) * spec.num_kv_heads
-    parts = -(-programs // (max(1, items) * spec.num_kv_heads)) + 1
+    per_head = programs_per_head(spec.num_kv_heads, config.residents * multiprocessors)
+    parts = -(-per_head // max(1, items)) + 1
     if spec.num_splits:
         parts = spec.num_splits
     size = parts * rows * head_dim_v * 4
@@ -376,7 +381,7 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         at_once = max(1, min(16, 64 * 32 * num_warps // (config.rows_stored * head_dim_v)))
     else:
         at_once = 1
-    return dataclasses.replace(config, merges=merges, parts_at_once=at_once)
+    return dataclasses.replace(config, per_head=per_head, merges=merges, parts_at_once=at_once)
 
 
 assert set(ELEMENTS) == {torch.bfloat16, torch.float16}

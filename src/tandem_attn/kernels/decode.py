@@ -76,9 +76,19 @@ def _empty_items(work, results, start, step, config: gl.constexpr):
 
 
 @gluon.jit
-def make_work(pointers, seqlen, numbers, m_blocks_magic, config: gl.constexpr):
+def _given(pointer, nowhere):
+    """A pointer, or one that nobody follows."""
+    if pointer is None:
+        return nowhere
+    else:
+        return pointer
+
+
+@gluon.jit
+def make_work(pointers, nowhere, seqlen, numbers, m_blocks_magic, config: gl.constexpr):
     """The facts of a call, from the tuples that kernels/launch_decode.py builds."""
-    seqlens, cu_seqlens_new, leftpad, cu_seqlens_q = pointers[0], pointers[1], pointers[2], pointers[3]
+    seqlens, cu_seqlens_new = _given(pointers[0], nowhere), _given(pointers[1], nowhere)
+    leftpad, cu_seqlens_q = _given(pointers[2], nowhere), _given(pointers[3], nowhere)
     n = ()
     for i in gl.static_range(8):  # Triton makes compile-time constants of those that are 1
         n = n + (gl.to_tensor(numbers[i]),)
@@ -90,7 +100,7 @@ def make_work(pointers, seqlen, numbers, m_blocks_magic, config: gl.constexpr):
 
 
 @gluon.jit
-def _make_tiles(k, v, pointers, table_stride, strides, head, config: gl.constexpr):
+def _make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl.constexpr):
     """The cache, and the stages that its tiles pass through."""
     k_smem = gl.allocate_shared_memory(
         config.dtype.value, [config.num_stages * config.k_chunks * config.pieces, config.piece_rows, config.k_width],
@@ -100,11 +110,13 @@ def _make_tiles(k, v, pointers, table_stride, strides, head, config: gl.constexp
         config.dtype.value, [config.num_stages * config.v_chunks * config.pieces, config.piece_rows, config.v_width],
         config.piece_layout(config.v_width),
     )  # fmt: skip
-    batch_idx, page_table = pointers[4], pointers[5]
+    batch_idx, page_table = _given(pointers[4], nowhere), _given(pointers[5], nowhere)
     stride = gl.to_tensor(table_stride)
     if config.Tiles.clears:
         k_strides, v_strides = (strides[3], strides[4], strides[5]), (strides[6], strides[7], strides[8])
-        return config.Tiles(k, v, k_smem, v_smem, page_table, stride, batch_idx, head, k_strides, v_strides, config)
+        return config.Tiles(
+            k, v, k_smem, v_smem, page_table, stride, batch_idx, head, k_strides, v_strides, config
+        )
     else:
         full = gl.allocate_shared_memory(gl.int64, [config.num_stages, 1], mbarrier.MBarrierLayout())
         return config.Tiles(k, v, k_smem, v_smem, full, page_table, stride, batch_idx, head, config)
@@ -148,24 +160,22 @@ def decode_attention(
     """One program of the decode kernel. Tuples: see kernels/launch_decode.py."""
     c: gl.constexpr = config.static
     program = gl.program_id(0)
-    per_head = gl.num_programs(0) // c.num_kv_heads
     place = program // c.num_kv_heads
     kv_head = program - place * c.num_kv_heads
-    work = make_work(pointers, seqlen, numbers, m_blocks_magic, c)
+    work = make_work(pointers, counters, seqlen, numbers, m_blocks_magic, c)
     results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
-    tiles = _make_tiles(k, v, pointers, table_stride, strides, kv_head, c)
-    q_smem = gl.allocate_shared_memory(
-        c.dtype.value, [c.k_chunks, c.tile_m, c.k_width], c.q_layout
-    )
+    tiles = _make_tiles(k, v, pointers, counters, table_stride, strides, kv_head, c)
+    q_smem = gl.allocate_shared_memory(c.dtype.value, [c.k_chunks, c.tile_m, c.k_width], c.q_layout)
     scratch = _make_scratch(c)
     rows_kind = c.RowKind(c)
     tiles.start()
 
-    units, some_empty = work.num_units()
-    share = gl.maximum((units + per_head - 1) // per_head, 1)
+    seen = work.look()
+    units = work.num_units(seen)
+    share = gl.maximum((units + (c.per_head - 1)) // c.per_head, 1)
     unit = place * share
     count = gl.maximum(gl.minimum(share, units - unit), 0)
-    at = first_segment(work, unit, count)
+    at = first_segment(work, seen, unit, count)
 
     # the copy side, a ring ahead
     ahead = at
@@ -175,8 +185,8 @@ def decode_attention(
         tiles.copy(stage, ahead, places, valid)
         ahead, valid = _advance(work, ahead, valid)
         places = tiles.locate(ahead, valid)
-    if some_empty:
-        _empty_items(work, results, place, per_head, c)
+    if work.some_empty(seen):
+        _empty_items(work, results, place, c.per_head, c)
     it = unit * 0
     going = count > 0
     while going:
@@ -184,6 +194,12 @@ def decode_attention(
         q = rows_kind.operand(q_smem)
         state = rows_kind.empty()
         rows = _rows_of(work, at, c)
+        # divisions here, while the first loads are under way
+        parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share, kv_head)
+        if work.splits.shared:
+            part = place - at.before // share
+        else:
+            part = work.splits.unit_of(at.tile, at.first, at.end)
         for tile in range(at.tile, at.stop):
             tiles.wait(it)
             tiles.emptied()
@@ -199,11 +215,6 @@ def decode_attention(
             if at.left == 0:
                 gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
         x, lse = rows_kind.finish(state, tiles, scratch, (it - 1) % c.num_stages)
-        parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share, kv_head)
-        if work.splits.shared:
-            part = place - at.before // share
-        else:
-            part = work.splits.unit_of(at.tile, at.first, at.end)
         _finish(work, results, at, parts, x, lse, counters, part, c)
         going = at.left > 0
         if going:

@@ -12,9 +12,10 @@ import torch
 
 from tandem_attn import arch
 from tandem_attn.device.division import division_magic
+from tandem_attn.kernels.append import AppendPlan, append_config
 from tandem_attn.kernels.combine import combine_partials
 from tandem_attn.kernels.config import ELEMENTS, gl
-from tandem_attn.kernels.config_decode import DecodeConfig, blocks_of_rows, decode_config, programs_per_head
+from tandem_attn.kernels.config_decode import DecodeConfig, blocks_of_rows, decode_config
 from tandem_attn.kernels.decode import decode_attention
 from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
 from tandem_attn.spec_decode import AppendSpec, Cache, DecodeSpec, New
@@ -58,8 +59,32 @@ def decode_describe(spec: DecodeSpec) -> str:
 
 
 def append_reasons(spec: AppendSpec) -> list[str]:
-    """Why this backend cannot write the cache."""
-    return ["the kernel that appends is not written yet"]
+    """Why this backend cannot write the cache; empty if it can."""
+    if spec.device.type != "cuda":
+        return [f"tensors are on {spec.device}; the kernels need an NVIDIA Hopper GPU"]
+    said = []
+    capability = arch.capability(spec.device)
+    if capability != (9, 0):
+        said.append(f"compute capability is {capability[0]}.{capability[1]}; the kernels need 9.0 (Hopper)")
+    if spec.dtype not in ELEMENTS:
+        said.append(f"dtype is {spec.dtype}; supported: float16, bfloat16")
+    for name, dim in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+        if not 0 < dim <= 256:
+            said.append(f"{name} is {dim}; supported: up to 256")
+    if max(spec.capacity, spec.total_q + spec.total_new, spec.cache_rows) >= UNBOUNDED:
+        said.append(f"{spec.capacity} keys, {spec.total_new} new tokens: more than 30 bits count")
+    return said
+
+
+def append_describe(spec: AppendSpec) -> str:
+    """One line for explain(): what one launch does."""
+    config = append_config(spec)
+    return f"one kernel, {config.heads_at_once} heads of a token at a time"
+
+
+def append(spec: AppendSpec) -> AppendPlan:
+    """The plan for a question: see `AppendPlan.__call__`."""
+    return AppendPlan(spec)
 
 
 def decode(spec: DecodeSpec) -> DecodePlan:
@@ -83,8 +108,7 @@ class DecodePlan:
         self.spec = spec
         multiprocessors = max(1, arch.num_multiprocessors(spec.device) - spec.sm_margin)
         self.config = config = decode_config(spec, multiprocessors)
-        self.per_head = programs_per_head(spec.num_kv_heads, config.residents * multiprocessors)
-        self.programs = self.per_head * spec.num_kv_heads
+        self.programs = config.per_head * spec.num_kv_heads
         self.items = spec.batch * blocks_of_rows(spec)
         self.rows = config.rows
         self.device_index = spec.device.index or 0
@@ -174,7 +198,7 @@ class DecodePlan:
         spec, config = self.spec, self.config
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         given = (cache.seqlens, new.cu_seqlens_k_new, cache.leftpad, new.cu_seqlens_q, cache.batch_idx)
-        pointers = tuple(counters if x is None else x for x in (*given, cache.page_table))
+        pointers = (*given, cache.page_table)
         if self.launcher is None:
             self._prepare(q, cache, new, out, lse, counters, l_part, o_part, pointers)
         addresses = (cache.k.data_ptr(), cache.v.data_ptr())
@@ -190,7 +214,7 @@ class DecodePlan:
         rest = (pointers, cache.seqlen, *self.constants, config)
         self.launcher.launch_flat((self.programs, 1, 1), stream, kv, tensors, rest)
         if not config.merges:
-            rest = (pointers, cache.seqlen, *self.constants[:2], self.per_head, config)
+            rest = (pointers, cache.seqlen, *self.constants[:2], config)
             grid = (self.rows * spec.num_kv_heads, self.items, config.head_dim_v // config.combine_width)
             self.combiner.launch_flat(grid, stream, [], (out, lse, o_part, l_part), rest)
 
@@ -209,7 +233,7 @@ class DecodePlan:
         self.launcher = KernelLauncher(decode_attention, arguments, dict(num_warps=config.num_warps))
         if not config.merges:
             tensors = (out, lse, o_part, l_part)
-            arguments = (*tensors, pointers, cache.seqlen, *self.constants[:2], self.per_head, config)
+            arguments = (*tensors, pointers, cache.seqlen, *self.constants[:2], config)
             self.combiner = KernelLauncher(combine_partials, arguments, dict(num_warps=4, launch_pdl=True))
 
 

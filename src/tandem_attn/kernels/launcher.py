@@ -95,6 +95,6 @@ def _address(x):
     """Pointers as int skip a driver query each; tuples of tensors become tuples of them."""
     if isinstance(x, torch.Tensor):
         return x.data_ptr()
-    if type(x) is tuple and x and isinstance(x[0], torch.Tensor):
-        return tuple(t.data_ptr() for t in x)
+    if type(x) is tuple and x and (x[0] is None or isinstance(x[0], torch.Tensor)):
+        return tuple(None if t is None else t.data_ptr() for t in x)
     return x

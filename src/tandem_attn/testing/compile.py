@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -109,7 +110,7 @@ def report(config: ForwardConfig, seqused: str = "") -> Report:
     """Compile afresh and read the assembler's log, the PTX and the SASS."""
     start = sum(os.times()[:4])
     log = io.StringIO()
-    with _always_compile(), contextlib.redirect_stdout(log):
+    with always_compile(), contextlib.redirect_stdout(log):
         kernel = compile_forward(config, seqused)
     said, ptx, sass = log.getvalue(), kernel.asm["ptx"], disassembled(kernel.asm["cubin"])
     return Report(
@@ -127,7 +128,7 @@ def report(config: ForwardConfig, seqused: str = "") -> Report:
 
 
 @contextlib.contextmanager
-def _always_compile():
+def always_compile():
     """Nothing from Triton's cache, and ptxas's log (-v) on stdout: knobs that 3.6 to 3.9 all have."""
     knobs = triton.knobs
     before = knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log
@@ -183,7 +184,7 @@ def _report_by_name(name: str) -> tuple[str, dict]:
         return name, {"error": traceback.format_exc(limit=-6)}
 
 
-def report_all(names: list[str], jobs: int):
+def report_all(names: list[str], jobs: int, report_by_name: Callable = _report_by_name):
     """Yield (name, report as plain data) of these variants in the order they finish, `jobs` at a time.
 
     Workers are fresh processes with a Triton cache of their own that goes away with them.
@@ -191,7 +192,7 @@ def report_all(names: list[str], jobs: int):
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            yield from pool.imap_unordered(_report_by_name, names)
+            yield from pool.imap_unordered(report_by_name, names)
 
 
 def one_line(name: str, fields: dict) -> str:
@@ -204,22 +205,29 @@ def one_line(name: str, fields: dict) -> str:
     return f"{name}: {r.seconds} s, {r.shared_memory} B shared, {r.spill_bytes} B spilled, {loops}{warned}"
 
 
-def main(arguments: list[str]) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tandem_attn.testing.compile", description=__doc__)
+def command_line(
+    given: list[str], module: str, known: list[str], report_by_name: Callable, one_line: Callable
+) -> int:
+    """Compile `known` variants, or those that are named, and print what became of them."""
+    parser = argparse.ArgumentParser(prog=f"python -m tandem_attn.testing.{module}")
     parser.add_argument("names", nargs="*", metavar="NAME", help="variants to compile; all if none is given")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=pathlib.Path, help="write the reports here, as JSON")
-    options = parser.parse_args(arguments)
-    names = options.names or [v.name for v in variants()]
+    options = parser.parse_args(given)
+    names = options.names or known
     print(f"triton {triton.__version__}, {len(names)} kernels, {options.jobs} at a time", flush=True)
     reports = {}
-    for name, fields in report_all(names, options.jobs):
+    for name, fields in report_all(names, options.jobs, report_by_name):
         reports[name] = fields
         print(one_line(name, fields), flush=True)
     if options.out:
         options.out.write_text(json.dumps(reports))
     return 1 if any("error" in fields for fields in reports.values()) else 0
+
+
+def main(given: list[str]) -> int:
+    """The command line."""
+    return command_line(given, "compile", [v.name for v in variants()], _report_by_name, one_line)
 
 
 if __name__ == "__main__":
