@@ -209,7 +209,7 @@ def seed_of(case: DecodeCase) -> int:
 
 def too_slow_to_rehearse(case: DecodeCase, device: torch.device) -> bool:
     """Whether only a GPU should try."""
-    return device.type == "cpu" and case.batch * case.heads > 600
+    return device.type == "cpu" and case.batch * case.heads > 250
 
 
 def answer(inputs: DecodeInputs, **more) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,9 @@
 """The arithmetic of decoding: packed query rows of one KV head against tiles of keys.
 
 `WarpKeys`: up to 16 rows, mma.sync. Every warp owns a part of the keys of a tile and keeps a maximum, a sum
-and an output of its own for all rows, so that a loop needs no exchange between warps; they are merged once per
-segment. The 3-D layout makes the warp the batch dimension. `WarpRows`: 64 rows for each warpgroup, wgmma, every
-warp owns 16 rows and sees all keys. Measured against each other and a third way: docs/kernels/decode.md.
+and an output of its own for all rows, so that a loop needs no exchange between warps; they are merged once
+per segment. The 3-D layout makes the warp the batch dimension. `WarpRows`: 64 rows for each warpgroup, wgmma;
+every warp owns 16 rows and sees all keys. Measured against each other: docs/kernels/decode.md.
 """
 
 from tandem_attn.device.gluon import (
@@ -97,8 +97,8 @@ def chunk_of(smem, stage, c: gl.constexpr, chunks: gl.constexpr, width: gl.const
 class State:
     """Running maximum (base 2, scaled), sum and output."""
 
-    m: gl.tensor
-    l: gl.tensor
+    row_max: gl.tensor
+    row_sum: gl.tensor
     o: gl.tuple
 
 
@@ -139,10 +139,10 @@ class WarpKeys:
         config: gl.constexpr = self.config
         layout: gl.constexpr = gl.SliceLayout(2, config.mma)
         o = ()
-        for c in gl.static_range(config.v_chunks):
+        for _ in gl.static_range(config.v_chunks):
             o = o + (gl.zeros([config.num_warps, config.tile_m, config.v_width], gl.float32, config.mma),)
-        m = gl.full([config.num_warps, config.tile_m], float("-inf"), gl.float32, layout)
-        return State(m, gl.zeros([config.num_warps, config.tile_m], gl.float32, layout), o)
+        row_max = gl.full([config.num_warps, config.tile_m], float("-inf"), gl.float32, layout)
+        return State(row_max, gl.zeros([config.num_warps, config.tile_m], gl.float32, layout), o)
 
     @gluon.jit
     def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
@@ -165,14 +165,14 @@ class WarpKeys:
             key = gl.arange(0, keys, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
             key = n0 + warp[:, None, None] * keys + key[None, None, :]
             s = gl.where(rows.visible(r[None, :, None], key), s, float("-inf"))
-            if not tiles.clears:
+            if not tiles.clears:  # noqa: SIM102 (one is known when compiling)
                 if rows.ragged(n0):
                     clear_ragged(tiles.v_smem, stage, rows, n0)
-        m = gl.maximum(state.m, gl.max(s, 2) * scale_log2)
-        base = gl.where(m == float("-inf"), 0.0, m)  # a warp may have seen masked keys only
-        alpha = gl.exp2(state.m - base)
+        row_max = gl.maximum(state.row_max, gl.max(s, 2) * scale_log2)
+        base = gl.where(row_max == float("-inf"), 0.0, row_max)  # a warp may have seen masked keys only
+        alpha = gl.exp2(state.row_max - base)
         p = gl.exp2(s * scale_log2 - base[:, :, None])
-        l = state.l * alpha + gl.sum(p, 2)
+        row_sum = state.row_sum * alpha + gl.sum(p, 2)
         p = gl.convert_layout(p.to(config.dtype.value), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
         o = ()
         for c in gl.static_range(config.v_chunks):
@@ -180,7 +180,7 @@ class WarpKeys:
             o = o + (
                 mma_v2(p, v.reshape([W, keys, config.v_width]).load(right), state.o[c] * alpha[:, :, None]),
             )
-        return State(m, l, o)
+        return State(row_max, row_sum, o)
 
     @gluon.jit
     def finish(self, state, tiles, scratch, stage):
@@ -198,8 +198,8 @@ class WarpKeys:
             o_smem = o_smem.index(stage * config.scratch_fits)
         else:
             o_smem = scratch[1]
-        ml_smem.index(0).store(state.m)
-        ml_smem.index(1).store(state.l)
+        ml_smem.index(0).store(state.row_max)
+        ml_smem.index(1).store(state.row_sum)
         if kept < M:  # half of the registers hold padding
             halves = gl.permute(gl.reshape(state.o[0], [W, 2, kept, config.v_width]), (0, 2, 3, 1))
             low, high = gl.split(halves)
@@ -207,12 +207,12 @@ class WarpKeys:
         else:
             o_smem.store(state.o[0])
         by_row: gl.constexpr = gl.SliceLayout(2, layout)
-        m = ml_smem.index(0).slice(0, rows, dim=1).load(by_row)
-        l = ml_smem.index(1).slice(0, rows, dim=1).load(by_row)
-        top = gl.max(m, 0)
+        row_max = ml_smem.index(0).slice(0, rows, dim=1).load(by_row)
+        row_sum = ml_smem.index(1).slice(0, rows, dim=1).load(by_row)
+        top = gl.max(row_max, 0)
         base = gl.where(top == float("-inf"), 0.0, top)
-        w = gl.exp2(m - base[None, :])
-        total = gl.sum(l * w, 0)
+        w = gl.exp2(row_max - base[None, :])
+        total = gl.sum(row_sum * w, 0)
         w = w * gl.where(total > 0.0, 1.0 / total, 0.0)[None, :]
         x = gl.sum(o_smem.slice(0, rows, dim=1).load(layout) * w[:, :, None], 0)
         return (x,), gl.where(total > 0.0, base + gl.log2(total), float("-inf"))
@@ -235,10 +235,10 @@ class WarpRows:
         config: gl.constexpr = self.config
         layout: gl.constexpr = gl.SliceLayout(1, config.o_layout)
         o = ()
-        for c in gl.static_range(config.v_chunks):
+        for _ in gl.static_range(config.v_chunks):
             o = o + (gl.zeros([config.tile_m, config.v_width], gl.float32, config.o_layout),)
-        m = gl.full([config.tile_m], float("-inf"), gl.float32, layout)
-        return State(m, gl.zeros([config.tile_m], gl.float32, layout), o)
+        row_max = gl.full([config.tile_m], float("-inf"), gl.float32, layout)
+        return State(row_max, gl.zeros([config.tile_m], gl.float32, layout), o)
 
     @gluon.jit
     def _start_scores(self, q, tiles, stage, h: gl.constexpr):
@@ -253,7 +253,7 @@ class WarpRows:
         return s
 
     @gluon.jit
-    def _softmax(self, s, m_before, l, rows, n0, scale_log2, inner_scale):
+    def _softmax(self, s, max_before, row_sum, rows, n0, scale_log2, inner_scale):
         """(maximum, sum, alpha, P) after the scores of a part whose first key is n0."""
         config: gl.constexpr = self.config
         by_row: gl.constexpr = gl.SliceLayout(1, config.o_layout)
@@ -263,13 +263,18 @@ class WarpRows:
             r = gl.arange(0, config.tile_m, gl.SliceLayout(1, config.s_layout))
             key = n0 + gl.arange(0, config.part_n, gl.SliceLayout(0, config.s_layout))
             s = gl.where(rows.visible(r[:, None], key[None, :]), s, float("-inf"))
-        m = gl.maximum(m_before, gl.convert_layout(gl.max(s, 1), by_row) * scale_log2)
-        base = gl.where(m == float("-inf"), 0.0, m)
-        alpha = gl.exp2(m_before - base)
+        row_max = gl.maximum(max_before, gl.convert_layout(gl.max(s, 1), by_row) * scale_log2)
+        base = gl.where(row_max == float("-inf"), 0.0, row_max)
+        alpha = gl.exp2(max_before - base)
         p = gl.exp2(s * scale_log2 - gl.convert_layout(base, gl.SliceLayout(1, config.s_layout))[:, None])
-        l = l * alpha + gl.convert_layout(gl.sum(p, 1), by_row)
+        row_sum = row_sum * alpha + gl.convert_layout(gl.sum(p, 1), by_row)
         operand: gl.constexpr = gl.DotOperandLayout(0, config.o_layout, 2)
-        return m, l, alpha, gl.convert_layout(p.to(config.dtype.value), operand, assert_trivial=True)
+        return (
+            row_max,
+            row_sum,
+            alpha,
+            gl.convert_layout(p.to(config.dtype.value), operand, assert_trivial=True),
+        )
 
     @gluon.jit
     def _start_output(self, p, alpha, tiles, stage, o, h: gl.constexpr):
@@ -293,33 +298,37 @@ class WarpRows:
     @gluon.jit
     def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
         config: gl.constexpr = self.config
-        if not tiles.clears:
+        if not tiles.clears:  # noqa: SIM102 (one is known when compiling)
             if rows.ragged(n0):
                 clear_ragged(tiles.v_smem, stage, rows, n0)
                 thread_barrier()
         if config.halves == 1:
             s = warpgroup_mma_wait(0, deps=(self._start_scores(q, tiles, stage, 0),))
-            m, l, alpha, p = self._softmax(s, state.m, state.l, rows, n0, scale_log2, inner_scale)
+            row_max, row_sum, alpha, p = self._softmax(
+                s, state.row_max, state.row_sum, rows, n0, scale_log2, inner_scale
+            )
             o = self._wait_output(self._start_output(p, alpha, tiles, stage, state.o, 0))
         else:
             s = self._start_scores(q, tiles, stage, 0)
             t = self._start_scores(q, tiles, stage, 1)
             s = warpgroup_mma_wait(1, deps=(s,))
-            m, l, alpha, p = self._softmax(s, state.m, state.l, rows, n0, scale_log2, inner_scale)
+            row_max, row_sum, alpha, p = self._softmax(
+                s, state.row_max, state.row_sum, rows, n0, scale_log2, inner_scale
+            )
             t = warpgroup_mma_wait(0, deps=(t,))
             o = self._start_output(p, alpha, tiles, stage, state.o, 0)
             n1 = n0 + config.part_n
-            m, l, alpha, p = self._softmax(t, m, l, rows, n1, scale_log2, inner_scale)
+            row_max, row_sum, alpha, p = self._softmax(t, row_max, row_sum, rows, n1, scale_log2, inner_scale)
             o = self._start_output(p, alpha, tiles, stage, self._wait_output(o), 1)
             o = self._wait_output(o)
-        return State(m, l, o)
+        return State(row_max, row_sum, o)
 
     @gluon.jit
     def finish(self, state, tiles, scratch, stage):
         x = ()
-        some = state.l > 0.0
-        inverse = gl.where(some, 1.0 / state.l, 0.0)
+        some = state.row_sum > 0.0
+        inverse = gl.where(some, 1.0 / state.row_sum, 0.0)
         for c in gl.static_range(self.config.v_chunks):
             x = x + (state.o[c] * inverse[:, None],)
-        base = gl.where(state.m == float("-inf"), 0.0, state.m)
-        return x, gl.where(some, base + gl.log2(state.l), float("-inf"))
+        base = gl.where(state.row_max == float("-inf"), 0.0, state.row_max)
+        return x, gl.where(some, base + gl.log2(state.row_sum), float("-inf"))

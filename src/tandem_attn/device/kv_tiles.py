@@ -1,10 +1,12 @@
 """How tiles of K and V come from a cache into shared memory, some stages ahead of the arithmetic.
 
-`LoadedTiles`: TMA, for contiguous caches, for pages that hold whole tiles, and for pages of which a tile holds
-several, a power of two of at least 8 keys each (a tile is then made of pieces, and of chunks of 64 columns,
-so that the pieces of a chunk lie one after the other as its rows). `GatheredTiles`: asynchronous copies of 16
-bytes, for pages of any size. No entry of a page table past the end of a sequence is read. Rows past the end
-hold zeros (gathered, or another page) or whatever is in the cache (loaded): their V must be cleared.
+`LoadedTiles`: TMA, for contiguous caches, for pages that hold whole tiles, and for pages of which a tile
+holds up to four, a power of two of at least 8 keys each: a tile is then made of pieces. (For wgmma it is also
+made of chunks of 64 columns, so that the pieces of a chunk lie one after the other as its rows.)
+`GatheredTiles`: asynchronous copies of 16 bytes, for pages of any size.
+
+No entry of a page table past the end of a sequence is read. Rows past the end hold zeros (gathered) or
+whatever is in the cache (loaded): their V must be cleared.
 """
 
 from tandem_attn.device.gluon import (

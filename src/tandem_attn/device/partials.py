@@ -76,7 +76,7 @@ def store_zeros(results, work, item, config: gl.constexpr):
     width: gl.constexpr = config.v_width
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [gl.num_warps(), 1], [1, 0])
     x = ()
-    for c in gl.static_range(config.v_chunks):
+    for _ in gl.static_range(config.v_chunks):
         x = x + (gl.zeros([config.tile_m, width], gl.float32, layout),)
     lse = gl.full([config.tile_m], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
     store_result(results, work, item, x, lse, config)
@@ -97,8 +97,8 @@ def merged_columns(
     of_row: gl.constexpr = gl.SliceLayout(0, by_part)
     of_x: gl.constexpr = gl.SliceLayout(0, layout)
     columns = start_column + gl.arange(0, width, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    m = gl.full([rows], float("-inf"), gl.float32, of_row)
-    l = gl.zeros([rows], gl.float32, of_row)
+    row_max = gl.full([rows], float("-inf"), gl.float32, of_row)
+    row_sum = gl.zeros([rows], gl.float32, of_row)
     o = gl.zeros([rows, width], gl.float32, of_x)
     for start in range(0, parts.count, at_once):
         j = start + gl.arange(0, at_once, gl.SliceLayout(1, by_part))
@@ -111,17 +111,17 @@ def merged_columns(
             other=0.0,
             cache_modifier=".cg",
         )
-        top = gl.maximum(m, gl.max(e, 0))
+        top = gl.maximum(row_max, gl.max(e, 0))
         base = gl.where(top == float("-inf"), 0.0, top)
         w = gl.exp2(e - base[None, :])
-        alpha = gl.exp2(m - base)
-        l = l * alpha + gl.sum(w, 0)
+        alpha = gl.exp2(row_max - base)
+        row_sum = row_sum * alpha + gl.sum(w, 0)
         alpha = gl.convert_layout(alpha, gl.SliceLayout(1, of_x))
         o = o * alpha[:, None] + gl.sum(x * w[:, :, None], 0)
-        m = top
-    inverse = gl.convert_layout(gl.where(l > 0.0, 1.0 / l, 0.0), gl.SliceLayout(1, of_x))
-    base = gl.where(m == float("-inf"), 0.0, m)
-    return o * inverse[:, None], gl.where(l > 0.0, base + gl.log2(l), float("-inf"))
+        row_max = top
+    inverse = gl.convert_layout(gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0), gl.SliceLayout(1, of_x))
+    base = gl.where(row_max == float("-inf"), 0.0, row_max)
+    return o * inverse[:, None], gl.where(row_sum > 0.0, base + gl.log2(row_sum), float("-inf"))
 
 
 @gluon.jit

@@ -6,8 +6,6 @@ rounded once. Columns past the rotary dimension, and v, are copied bit by bit. A
 cache is not written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import pathlib
@@ -15,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from tandem_attn.device.gluon import gl, gluon
+from tandem_attn.device.gluon import aggregate, gl, gluon
 from tandem_attn.kernels.config import Static
 from tandem_attn.kernels.launcher import KernelLauncher
 from tandem_attn.spec_decode import AppendSpec, Cache, New
@@ -64,11 +62,12 @@ def append_config(spec: AppendSpec) -> AppendConfig:
     widest = max(spec.head_dim, spec.head_dim_v, 32)
     width = 1 << (widest - 1).bit_length()
     heads = max(spec.num_heads if spec.rotary_dim else 1, spec.num_kv_heads)
+    least = 1024 // width  # every thread has 8 elements
     return AppendConfig(
         columns=spec.head_dim,
         columns_v=spec.head_dim_v,
         width=width,
-        heads_at_once=max(1 << 10 - width.bit_length(), min(ELEMENTS_AT_ONCE // width, 1 << (heads - 1).bit_length())),
+        heads_at_once=max(least, min(ELEMENTS_AT_ONCE // width, 1 << (heads - 1).bit_length())),
         rotary_dim=spec.rotary_dim,
         interleaved=spec.interleaved,
         per_token=spec.per_token,
@@ -100,133 +99,143 @@ def _sequence_of(row, starts, batch, each, packed: gl.constexpr, config: gl.cons
         return b, row - b * each, b < batch
 
 
+@aggregate
+class Facts:
+    """What every program knows. Pointers that are not given point anywhere."""
+
+    seqlens: gl.tensor  # (batch,) keys before this call
+    batch_idx: gl.tensor
+    page_table: gl.tensor
+    rotary_seqlens: gl.tensor
+    seqlen: gl.tensor  # keys of every sequence, where there are no seqlens
+    table_stride: gl.tensor
+    cos: gl.tensor
+    sin: gl.tensor
+    rotary_len: gl.tensor
+    rotary_stride: gl.tensor
+    config: gl.constexpr
+
+    @gluon.jit
+    def length(self, b):
+        """Keys of sequence b before this call."""
+        if self.config.has_seqlens:
+            return gl.load(self.seqlens + b)
+        else:
+            return self.seqlen
+
+    @gluon.jit
+    def position(self, b):
+        """Rotary position of the first new token of sequence b."""
+        if self.config.has_rotary_seqlens:
+            return gl.load(self.rotary_seqlens + b)
+        else:
+            return self.length(b)
+
+    @gluon.jit
+    def place(self, b, slot):
+        """(row of the cache or page, slot in it) of a slot of sequence b."""
+        if self.config.page_size > 0:
+            page = slot // self.config.page_size
+            found = gl.load(self.page_table + b.to(gl.int64) * self.table_stride + page)
+            return found, slot - page * self.config.page_size
+        elif self.config.has_batch_idx:
+            return gl.load(self.batch_idx + b), slot
+        else:
+            return b, slot
+
+    @gluon.jit
+    def turned(self, x_ptr, at, keep, column, step, position):
+        """fp32 [heads, width]: elements `at` of x (columns `step` apart), turned by their position."""
+        config: gl.constexpr = self.config
+        half: gl.constexpr = max(1, config.rotary_dim // 2)
+        if config.interleaved:
+            pair = column // 2
+            other = column + 1 - 2 * (column % 2)
+            first = column % 2 == 0
+        else:
+            pair = column % half
+            first = column < half
+            other = gl.where(first, column + half, column - half)
+        turns = column < config.rotary_dim
+        x = gl.load(x_ptr + at + (column * step)[None, :], mask=keep, other=0.0).to(gl.float32)
+        other = gl.where(turns, other, column)
+        y = gl.load(x_ptr + at + (other * step)[None, :], mask=keep, other=0.0).to(gl.float32)
+        there = turns & (position < self.rotary_len) & (position >= 0)
+        angle = position.to(gl.int64) * self.rotary_stride + pair
+        c = gl.load(self.cos + angle, mask=there, other=0.0).to(gl.float32)
+        s = gl.load(self.sin + angle, mask=there, other=0.0).to(gl.float32)
+        s = gl.where(first, -s, s)
+        return gl.where(turns[None, :], x * c[None, :] + y * s[None, :], x)
+
+
 @gluon.jit
-def _turned(
-    x_ptr, at, keep, column, cos_ptr, sin_ptr, position, rotary_len, rotary_stride, step, config: gl.constexpr
-):
-    """fp32 [heads, width]: elements `at` of x (column by column `step` apart), turned by their position."""
-    half: gl.constexpr = max(1, config.rotary_dim // 2)
-    if config.interleaved:
-        pair = column // 2
-        other = column + 1 - 2 * (column % 2)
-        first = column % 2 == 0
+def _element(row, b, token, h, strides, base: gl.constexpr, packed: gl.constexpr):
+    """[heads, 1] element of heads h of a token, by the four strides from strides[base] on."""
+    if packed:
+        at = row.to(gl.int64) * strides[base + 1]
     else:
-        pair = column % half
-        first = column < half
-        other = gl.where(first, column + half, column - half)
-    turns = column < config.rotary_dim
-    x = gl.load(x_ptr + at + (column * step)[None, :], mask=keep, other=0.0).to(gl.float32)
-    other = gl.where(turns, other, column)
-    y = gl.load(x_ptr + at + (other * step)[None, :], mask=keep, other=0.0).to(gl.float32)
-    there = turns & (position < rotary_len) & (position >= 0)
-    angle = position.to(gl.int64) * rotary_stride + pair
-    c = gl.load(cos_ptr + angle, mask=there, other=0.0).to(gl.float32)
-    s = gl.load(sin_ptr + angle, mask=there, other=0.0).to(gl.float32)
-    s = gl.where(first, -s, s)
-    return gl.where(turns[None, :], x * c[None, :] + y * s[None, :], x)
+        at = b.to(gl.int64) * strides[base] + token.to(gl.int64) * strides[base + 1]
+    return (at + h.to(gl.int64) * strides[base + 2])[:, None]
+
+
+@gluon.jit
+def _write_new(facts, new, cache, strides, of_new: gl.constexpr, of_cache: gl.constexpr, dim: gl.constexpr,
+               token, heads, turn: gl.constexpr):  # fmt: skip
+    """Write one new token of K or V. token: (row, sequence, number in it, slot, rotary position)."""
+    config: gl.constexpr = facts.config
+    layout: gl.constexpr = config.layout
+    column = gl.arange(0, config.width, gl.SliceLayout(0, layout))
+    row, b, i, slot, position = token
+    h, count = heads
+    place, slot = facts.place(b, slot)
+    at = _element(row, b, i, h, strides, of_new, config.packed_new)
+    to = _element(row, place, slot, h, strides, of_cache, False) + (column * strides[of_cache + 3])[None, :]
+    keep = (h < count)[:, None] & (column < dim)[None, :]
+    if turn:
+        x = facts.turned(new, at, keep, column, strides[of_new + 3], position)
+        gl.store(cache + to, x.to(cache.dtype.element_ty), mask=keep)
+    else:
+        x = gl.load(new + at + (column * strides[of_new + 3])[None, :], mask=keep, other=0.0)
+        gl.store(cache + to, x, mask=keep)
 
 
 @gluon.jit(do_not_specialize=["seqlen"])
-def append_to_cache(
-    q,
-    q_out,
-    k_new,
-    v_new,
-    k_cache,
-    v_cache,
-    cos,
-    sin,
-    pointers,
-    seqlen,
-    numbers,
-    strides,
-    config: gl.constexpr,
-):
+def append_to_cache(q, q_out, k_new, v_new, k_cache, v_cache, cos, sin, pointers, seqlen, numbers, strides,
+                    config: gl.constexpr):  # fmt: skip
     """Grid: (tokens of q if they are rotated, then new tokens; blocks of heads)."""
     c: gl.constexpr = config.static
-    seqlens, batch_idx, page_table = pointers[0], pointers[1], pointers[2]
-    cu_seqlens_q, cu_seqlens_new, rotary_seqlens = pointers[3], pointers[4], pointers[5]
-    rows_q, each_q, each_new, batch = numbers[0], numbers[1], numbers[2], numbers[3]
-    capacity, table_stride, rotary_len, rotary_stride = numbers[4], numbers[5], numbers[6], numbers[7]
-    heads, kv_heads = numbers[8], numbers[9]
+    n = ()
+    for i in gl.static_range(10):  # Triton makes compile-time constants of those that are 1
+        n = n + (gl.to_tensor(numbers[i]),)
+    rows_q, each_q, each_new, batch, capacity = n[0], n[1], n[2], n[3], n[4]
+    heads, kv_heads = n[8], n[9]
+    facts = Facts(pointers[0], pointers[1], pointers[2], pointers[5], seqlen, n[5], cos, sin, n[6], n[7], c)
     layout: gl.constexpr = c.layout
     column = gl.arange(0, c.width, gl.SliceLayout(0, layout))
     h = gl.program_id(1) * c.heads_at_once + gl.arange(0, c.heads_at_once, gl.SliceLayout(1, layout))
     row = gl.program_id(0)
     if row < rows_q:
-        b, token, there = _sequence_of(row, cu_seqlens_q, batch, each_q, c.packed_q, c)
+        b, token, there = _sequence_of(row, pointers[3], batch, each_q, c.packed_q, c)
         if there:
-            base = gl.to_tensor(seqlen)
-            if c.has_rotary_seqlens:
-                base = gl.load(rotary_seqlens + b)
-            elif c.has_seqlens:
-                base = gl.load(seqlens + b)
-            position = base
+            position = facts.position(b)
             if c.per_token:
-                position = base + token
+                position += token
             keep = (h < heads)[:, None] & (column < c.columns)[None, :]
-            if c.packed_q:
-                at = row.to(gl.int64) * strides[1]
-            else:
-                at = b.to(gl.int64) * strides[0] + token.to(gl.int64) * strides[1]
-            at = (at + h.to(gl.int64) * strides[2])[:, None]
-            x = _turned(q, at, keep, column, cos, sin, position, rotary_len, rotary_stride, strides[3], c)
+            at = _element(row, b, token, h, strides, 0, c.packed_q)
+            x = facts.turned(q, at, keep, column, strides[3], position)
             to = (row.to(gl.int64) * heads + h) * c.columns
             gl.store(q_out + to[:, None] + column[None, :], x.to(q_out.dtype.element_ty), mask=keep)
     else:
         row -= rows_q
-        b, token, there = _sequence_of(row, cu_seqlens_new, batch, each_new, c.packed_new, c)
+        b, token, there = _sequence_of(row, pointers[4], batch, each_new, c.packed_new, c)
         if there:
-            before = gl.to_tensor(seqlen)
-            if c.has_seqlens:
-                before = gl.load(seqlens + b)
-            slot = before + token
+            slot = facts.length(b) + token
             if (slot >= 0) & (slot < capacity):
-                position = slot
-                if c.has_rotary_seqlens:
-                    position = gl.load(rotary_seqlens + b) + token
-                place = b
-                if c.page_size > 0:
-                    page = slot // c.page_size
-                    place = gl.load(page_table + b.to(gl.int64) * table_stride + page)
-                    slot -= page * c.page_size
-                elif c.has_batch_idx:
-                    place = gl.load(batch_idx + b)
-                exists = (h < kv_heads)[:, None]
-                if c.packed_new:
-                    k_at = row.to(gl.int64) * strides[5]
-                    v_at = row.to(gl.int64) * strides[9]
-                else:
-                    k_at = b.to(gl.int64) * strides[4] + token.to(gl.int64) * strides[5]
-                    v_at = b.to(gl.int64) * strides[8] + token.to(gl.int64) * strides[9]
-                k_at = (k_at + h.to(gl.int64) * strides[6])[:, None]
-                v_at = (v_at + h.to(gl.int64) * strides[10])[:, None]
-                k_to = place.to(gl.int64) * strides[12] + slot.to(gl.int64) * strides[13]
-                v_to = place.to(gl.int64) * strides[16] + slot.to(gl.int64) * strides[17]
-                k_to = (k_to + h.to(gl.int64) * strides[14])[:, None] + (column * strides[15])[None, :]
-                v_to = (v_to + h.to(gl.int64) * strides[18])[:, None] + (column * strides[19])[None, :]
-                keep = exists & (column < c.columns)[None, :]
-                if c.rotary_dim > 0:
-                    x = _turned(
-                        k_new,
-                        k_at,
-                        keep,
-                        column,
-                        cos,
-                        sin,
-                        position,
-                        rotary_len,
-                        rotary_stride,
-                        strides[7],
-                        c,
-                    )
-                    gl.store(k_cache + k_to, x.to(k_cache.dtype.element_ty), mask=keep)
-                else:
-                    x = gl.load(k_new + k_at + (column * strides[7])[None, :], mask=keep, other=0.0)
-                    gl.store(k_cache + k_to, x, mask=keep)
-                keep = exists & (column < c.columns_v)[None, :]
-                x = gl.load(v_new + v_at + (column * strides[11])[None, :], mask=keep, other=0.0)
-                gl.store(v_cache + v_to, x, mask=keep)
+                one = (row, b, token, slot, facts.position(b) + token)
+                of_heads = (h, kv_heads)
+                turn: gl.constexpr = c.rotary_dim > 0
+                _write_new(facts, k_new, k_cache, strides, 4, 12, c.columns, one, of_heads, turn)
+                _write_new(facts, v_new, v_cache, strides, 8, 16, c.columns_v, one, of_heads, False)
 
 
 class AppendPlan:

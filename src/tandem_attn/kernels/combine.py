@@ -24,7 +24,7 @@ def combine_partials(
     m_blocks_magic,
     config: gl.constexpr,
 ):
-    """Grid: (rows of an item times KV heads, items, blocks of columns). Arguments as those of the decode kernel."""
+    """Grid: (rows of an item times KV heads, items, blocks of columns); arguments as in the decode kernel."""
     c: gl.constexpr = config.static
     r = gl.program_id(0) // c.num_kv_heads
     kv_head = gl.program_id(0) - r * c.num_kv_heads

@@ -25,7 +25,9 @@ MAX_ITEMS_AT_ONCE = 1024
 MERGE_BYTES = 64 * 1024  # partials of an item that its last program merges; more are left to a second kernel
 MERGE_BYTES_OF_ROWS = 256 * 1024  # the same for many rows, which the second kernel would take one by one
 MAX_KNOWN_TOKENS = 16  # queries of a sequence up to which kernels are compiled for their number
-MAX_PIECES = 4  # more, and starting their loads takes longer than gathering (8: 0.61 of contiguous; H200, 2026-11-25)
+MAX_PIECES = (
+    4  # more, and starting their loads takes longer than gathering (8: 0.61 of contiguous; H200, 2026-11-25)
+)
 PIECE_ROWS = 8  # at least: the unit in which shared memory is swizzled
 
 
@@ -281,9 +283,9 @@ class DecodeConfig:
         policies = (c.__name__ for c in (self.RowKind, self.Tiles, self.Splits))
         pieces = f" in {self.pieces} pages" if self.pieces > 1 else ""
         return (
-            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, {self.tile_m} rows x {self.tile_n} keys"
-            f"{pieces}, {self.num_stages} stages, {self.num_warps} warps, {', '.join(policies)}, "
-            f"{', '.join(flags) or 'no flags'}, {self.shared_memory // 1024} KB shared"
+            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, {self.tile_m} rows x "
+            f"{self.tile_n} keys{pieces}, {self.num_stages} stages, {self.num_warps} warps, "
+            f"{', '.join(policies)}, {', '.join(flags) or 'no flags'}, {self.shared_memory // 1024} KB shared"
         )
 
 

@@ -14,7 +14,6 @@ Why each of these is so, and what it measured: docs/kernels/decode.md.
 
 from tandem_attn.device.decode_rows import Rows
 from tandem_attn.device.gluon import (
-    aggregate,
     gdc_launch_dependents,
     gl,
     gluon,
@@ -94,8 +93,8 @@ def make_work(pointers, nowhere, seqlen, numbers, m_blocks_magic, config: gl.con
         n = n + (gl.to_tensor(numbers[i]),)
     splits = config.Splits(gl.to_tensor(config.amount))
     return Work(
-        seqlens, cu_seqlens_new, leftpad, cu_seqlens_q, seqlen, n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7],
-        m_blocks_magic, splits, config,
+        seqlens, cu_seqlens_new, leftpad, cu_seqlens_q, seqlen, n[0], n[1], n[2], n[3], n[4], n[5],
+        n[6], n[7], m_blocks_magic, splits, config,
     )  # fmt: skip
 
 
@@ -103,11 +102,13 @@ def make_work(pointers, nowhere, seqlen, numbers, m_blocks_magic, config: gl.con
 def _make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl.constexpr):
     """The cache, and the stages that its tiles pass through."""
     k_smem = gl.allocate_shared_memory(
-        config.dtype.value, [config.num_stages * config.k_chunks * config.pieces, config.piece_rows, config.k_width],
+        config.dtype.value,
+        [config.num_stages * config.k_chunks * config.pieces, config.piece_rows, config.k_width],
         config.piece_layout(config.k_width),
     )  # fmt: skip
     v_smem = gl.allocate_shared_memory(
-        config.dtype.value, [config.num_stages * config.v_chunks * config.pieces, config.piece_rows, config.v_width],
+        config.dtype.value,
+        [config.num_stages * config.v_chunks * config.pieces, config.piece_rows, config.v_width],
         config.piece_layout(config.v_width),
     )  # fmt: skip
     batch_idx, page_table = _given(pointers[4], nowhere), _given(pointers[5], nowhere)
@@ -211,7 +212,7 @@ def decode_attention(
             n0 = tile * c.tile_n
             state = rows_kind.attend(q, tiles, it % c.num_stages, state, rows, n0, scales[0], scales[1])
             it += 1
-        if not c.merges:
+        if not c.merges:  # noqa: SIM102 (one is known when compiling)
             if at.left == 0:
                 gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
         x, lse = rows_kind.finish(state, tiles, scratch, (it - 1) % c.num_stages)

@@ -164,7 +164,8 @@ class DecodePlan:
         return counters, lse, l_part, o_part
 
     def _own_counters(self, stream: int) -> torch.Tensor:
-        """As the tile counters of the forward: launches on a stream share them, a captured graph has its own."""
+        """As the tile counters of the forward: launches on a stream share them, a captured graph has its
+        own."""
         if torch._C._cuda_isCurrentStreamCapturing():
             return torch.zeros(self.num_counters, dtype=torch.int32, device=self.spec.device)
         found = _counters.get((self.device_index, stream))
@@ -174,7 +175,7 @@ class DecodePlan:
         return found
 
     def __call__(self, q, cache: Cache, new: New, out, workspace, want_lse: bool):
-        """(out, lse or None). Enqueues one or two kernels on the current stream; never waits for the device."""
+        """(out, lse or None). Enqueues one or two kernels on the current stream; never waits."""
         if torch._C._cuda_getDevice() != self.device_index:
             with torch.cuda.device(self.device_index):
                 return self(q, cache, new, out, workspace, want_lse)
