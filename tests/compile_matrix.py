@@ -31,10 +31,12 @@ JOBS = int(os.environ.get("TANDEM_COMPILE_JOBS") or os.cpu_count())
 
 def why_missing(version: str) -> str:
     """Why this Triton is not there; empty if it is."""
-    if version == INSTALLED or (where(version) / "triton").is_dir():
+    if version == INSTALLED:
         return ""
     if os.environ.get("TANDEM_TRITON_MATRIX") == "0":
         return "TANDEM_TRITON_MATRIX=0"
+    if (where(version) / "triton").is_dir():
+        return ""
     oldest = tuple(map(int, SUPPORTED[version].split(".")))
     if sys.version_info[:2] < oldest:
         return f"needs Python {SUPPORTED[version]}"
