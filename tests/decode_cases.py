@@ -358,7 +358,7 @@ def winning(case: DecodeCase, inputs: DecodeInputs, seed: int) -> list:
     """Fill in numbers of which one key wins each row by far, and no element is rounded.
 
     Keys are the bits of their number, -1 or 1, as often as there is room; a query is the key that it wants,
-    times 256. Returns (out, lse) of every sequence, as float64.
+    times 128. Returns (out, lse) of every sequence, as float64.
     """
     from tandem_attn.testing.budget import explicit_mask
     from tandem_attn.testing.decode_inputs import slots_of
@@ -381,9 +381,9 @@ def winning(case: DecodeCase, inputs: DecodeInputs, seed: int) -> list:
             keys = seen[token].nonzero()[:, 0]
             if len(keys):
                 wanted = keys[int(torch.randint(len(keys), (), generator=generator))]
-                q[token, head] = 256.0 * k[wanted, head // group]
+                q[token, head] = 128.0 * k[wanted, head // group]
                 out[token, head] = v[wanted, head // group]
-                lse[head, token] = 256.0 * case.head_dim**0.5
+                lse[head, token] = 128.0 * case.head_dim**0.5
         where = slots_of(case, s, range(pad, n))
         inputs.tensors["k_cache"][where] = k[pad:].to(device, case.dtype)
         inputs.tensors["v_cache"][where] = v[pad:].to(device, case.dtype)

@@ -24,11 +24,14 @@ def combine_partials(
     m_blocks_magic,
     config: gl.constexpr,
 ):
-    """Grid: (rows of an item times KV heads, items, blocks of columns); arguments as in the decode kernel."""
+    """Grid: (items times rows of an item times KV heads, blocks of columns); arguments as in decoding."""
     c: gl.constexpr = config.static
-    r = gl.program_id(0) // c.num_kv_heads
-    kv_head = gl.program_id(0) - r * c.num_kv_heads
-    item = gl.program_id(1)
+    # all in the first dimension of the grid: the others end at 65535
+    each: gl.constexpr = c.rows * c.num_kv_heads
+    item = gl.program_id(0) // each
+    rest = gl.program_id(0) - item * each
+    r = rest // c.num_kv_heads
+    kv_head = rest - r * c.num_kv_heads
     work = make_work(pointers, l_part, seqlen, numbers, m_blocks_magic, c)
     units = work.num_units(work.look())
     share = gl.maximum((units + c.per_head - 1) // c.per_head, 1)
@@ -40,7 +43,7 @@ def combine_partials(
         layout: gl.constexpr = c.combine_layout
         by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
         row = r + gl.arange(0, 1, by_row)
-        start = gl.program_id(2) * c.combine_width
+        start = gl.program_id(1) * c.combine_width
         x, lse = merged_columns(results, parts, row, row < c.rows, start, c.combine_width, layout, c)
         out_unused, of_lse, written = results.places(work, item, row, c)
         gl.store(lse_ptr + of_lse, lse * LN2, mask=written & (start == 0))

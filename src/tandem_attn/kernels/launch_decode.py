@@ -216,7 +216,8 @@ class DecodePlan:
         self.launcher.launch_flat((self.programs, 1, 1), stream, kv, tensors, rest)
         if not config.merges:
             rest = (pointers, cache.seqlen, *self.constants[:2], config)
-            grid = (self.rows * spec.num_kv_heads, self.items, config.head_dim_v // config.combine_width)
+            programs = self.items * self.rows * spec.num_kv_heads
+            grid = (programs, config.head_dim_v // config.combine_width, 1)
             self.combiner.launch_flat(grid, stream, [], (out, lse, o_part, l_part), rest)
 
     def _prepare(self, q, cache, new, out, lse, counters, l_part, o_part, pointers) -> None:
