@@ -15,6 +15,7 @@ import torch
 
 from tandem_attn.device.gluon import aggregate, gl, gluon
 from tandem_attn.kernels.config import Static
+from tandem_attn.kernels.config_decode import power_of_two
 from tandem_attn.kernels.launcher import KernelLauncher
 from tandem_attn.spec_decode import AppendSpec, Cache, New
 
@@ -59,21 +60,20 @@ class AppendConfig:
 
 def append_config(spec: AppendSpec) -> AppendConfig:
     """The configuration for a question."""
-    widest = max(spec.head_dim, spec.head_dim_v, 32)
-    width = 1 << (widest - 1).bit_length()
+    width = power_of_two(max(spec.head_dim, spec.head_dim_v, 32))
     heads = max(spec.num_heads if spec.rotary_dim else 1, spec.num_kv_heads)
     least = 1024 // width  # every thread has 8 elements
     return AppendConfig(
         columns=spec.head_dim,
         columns_v=spec.head_dim_v,
         width=width,
-        heads_at_once=max(least, min(ELEMENTS_AT_ONCE // width, 1 << (heads - 1).bit_length())),
+        heads_at_once=max(least, min(ELEMENTS_AT_ONCE // width, power_of_two(heads))),
         rotary_dim=spec.rotary_dim,
         interleaved=spec.interleaved,
         per_token=spec.per_token,
         packed_q=spec.packed_q,
         packed_new=spec.packed_new,
-        sequences_at_once=min(SEQUENCES_AT_ONCE, max(32, 1 << (spec.batch - 1).bit_length())),
+        sequences_at_once=min(SEQUENCES_AT_ONCE, max(32, power_of_two(spec.batch))),
         has_seqlens=spec.has_seqlens,
         has_batch_idx=spec.has_batch_idx,
         has_rotary_seqlens=spec.has_rotary_seqlens,

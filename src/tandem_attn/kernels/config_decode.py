@@ -16,7 +16,7 @@ from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.gluon import gl
 from tandem_attn.device.kv_tiles import GatheredTiles, LoadedTiles
 from tandem_attn.device.splits import CountedSplits, SharedSplits, SizedSplits
-from tandem_attn.kernels.config import ELEMENTS, SHARED_MEMORY, Static
+from tandem_attn.kernels.config import SHARED_MEMORY, Static
 from tandem_attn.spec_decode import DecodeSpec
 
 _SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
@@ -384,6 +384,3 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
     else:
         at_once = 1
     return dataclasses.replace(config, per_head=per_head, merges=merges, parts_at_once=at_once)
-
-
-assert set(ELEMENTS) == {torch.bfloat16, torch.float16}

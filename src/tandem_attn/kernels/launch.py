@@ -15,14 +15,21 @@ from tandem_attn import arch
 from tandem_attn.device.division import division_magic
 from tandem_attn.device.sequence import RAGGED_END
 from tandem_attn.kernels.balance import rounds_in_step, tile_costs
-from tandem_attn.kernels.config import ELEMENTS, L2_FOR_KEYS, ForwardConfig, forward_config
+from tandem_attn.kernels.config import L2_FOR_KEYS, ForwardConfig, forward_config
 from tandem_attn.kernels.forward import attention_forward
 from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
+from tandem_attn.kernels.question import (
+    UNBOUNDED,
+    device_reasons,
+    element_reasons,
+    head_dim_reasons,
+    scale_reasons,
+    score_scales,
+    window_numbers,
+)
 from tandem_attn.spec import AttentionSpec
 
 NAME = "gluon"
-LOG2E = math.log2(math.e)
-UNBOUNDED = 2**30  # a window side that no length reaches
 MAX_DESCRIPTOR_DIM = 0x7FFF0000
 MAX_CACHED_ADDRESSES = 4096
 MAX_TILES = 2**31 - 2**16  # programs look at numbers past the last tile
@@ -31,21 +38,12 @@ backward = None  # until the backward kernels exist, gradients come from the ref
 
 def reasons(spec: AttentionSpec) -> list[str]:
     """Why this backend cannot answer; empty if it can."""
-    said = []
+    said = device_reasons(spec.device)
     if spec.device.type != "cuda":
-        return [
-            f"tensors are on {spec.device}; the kernels need an NVIDIA Hopper GPU (compute capability 9.0)"
-        ]
-    capability = arch.capability(spec.device)
-    if capability != (9, 0):
-        said.append(f"compute capability is {capability[0]}.{capability[1]}; the kernels need 9.0 (Hopper)")
-    if spec.dtype not in ELEMENTS:
-        said.append(f"dtype is {spec.dtype}; supported: float16, bfloat16")
-    for name, dim in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
-        if dim % 8 or not 0 < dim <= 256:
-            said.append(f"{name} is {dim}; supported: multiples of 8 up to 256")
-    if not spec.softmax_scale > 0.0:
-        said.append(f"softmax_scale is {spec.softmax_scale}; the kernel's running maximum needs it positive")
+        return said
+    said += element_reasons(spec.dtype)
+    said += head_dim_reasons(spec.head_dim, spec.head_dim_v)
+    said += scale_reasons(spec.softmax_scale)
     said += _layout_reasons(spec)
     if _num_tiles_bound(spec, 128) >= MAX_TILES or max(spec.total_q, spec.total_k) >= UNBOUNDED:
         said.append(
@@ -162,9 +160,7 @@ class ForwardPlan:
     def _numbers(self) -> tuple:
         """The scalar arguments of the kernel."""
         spec = self.spec
-        left, right = (
-            UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in (spec.window.left, spec.window.right)
-        )
+        left, right = window_numbers(spec.window)
         rows = spec.num_heads if spec.varlen else spec.batch * spec.num_heads
         group = 1
         if self.config.Schedule.grouped.value:
@@ -173,10 +169,6 @@ class ForwardPlan:
         m_blocks = -(-spec.seqlen_q // self.config.tile_rows)
         divisors = (spec.num_heads, spec.group_size, group, rows % group or group, group * m_blocks)
         seqlens = (spec.total_q, spec.total_k) if spec.varlen else (spec.seqlen_q, spec.seqlen_k)
-        if spec.softcap > 0.0:
-            scales = (spec.softcap * LOG2E, spec.softmax_scale / spec.softcap)
-        else:
-            scales = (spec.softmax_scale * LOG2E, 0.0)
         return (
             spec.batch,
             spec.num_heads,
@@ -186,7 +178,7 @@ class ForwardPlan:
             group,
             self._static_rounds(rows, group, (left, right)),
             *map(division_magic, divisors),
-            *scales,
+            *score_scales(spec.softmax_scale, spec.softcap),
         )
 
     def _static_rounds(self, rows: int, group: int, window: tuple[int, int]) -> int:

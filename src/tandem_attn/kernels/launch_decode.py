@@ -12,37 +12,35 @@ import torch
 
 from tandem_attn import arch
 from tandem_attn.device.division import division_magic
+from tandem_attn.device.gluon import gl
 from tandem_attn.kernels.append import AppendPlan, append_config
 from tandem_attn.kernels.combine import combine_partials
-from tandem_attn.kernels.config import ELEMENTS, gl
 from tandem_attn.kernels.config_decode import DecodeConfig, blocks_of_rows, decode_config
 from tandem_attn.kernels.decode import decode_attention
 from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
-from tandem_attn.spec_decode import AppendSpec, Cache, DecodeSpec, New
+from tandem_attn.kernels.question import (
+    UNBOUNDED,
+    device_reasons,
+    element_reasons,
+    head_dim_reasons,
+    scale_reasons,
+    score_scales,
+    window_numbers,
+)
+from tandem_attn.spec_decode import ALIGNMENT, AppendSpec, Cache, DecodeSpec, New
 
 NAME = "gluon"
-LOG2E = math.log2(math.e)
-UNBOUNDED = 2**30  # a window side that no length reaches
 MAX_CACHED_ADDRESSES = 4096
-MAX_ROWS = 2**31 - 2**16
-ALIGNMENT = 16  # bytes
 
 
 def decode_reasons(spec: DecodeSpec) -> list[str]:
     """Why this backend cannot answer; empty if it can."""
+    said = device_reasons(spec.device)
     if spec.device.type != "cuda":
-        return [f"tensors are on {spec.device}; the kernels need an NVIDIA Hopper GPU"]
-    said = []
-    capability = arch.capability(spec.device)
-    if capability != (9, 0):
-        said.append(f"compute capability is {capability[0]}.{capability[1]}; the kernels need 9.0 (Hopper)")
-    if spec.dtype not in ELEMENTS:
-        said.append(f"dtype is {spec.dtype}; supported: float16, bfloat16")
-    for name, dim in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
-        if dim % 8 or not 0 < dim <= 256:
-            said.append(f"{name} is {dim}; supported: multiples of 8 up to 256")
-    if not spec.softmax_scale > 0.0:
-        said.append(f"softmax_scale is {spec.softmax_scale}; the kernel's running maximum needs it positive")
+        return said
+    said += element_reasons(spec.dtype)
+    said += head_dim_reasons(spec.head_dim, spec.head_dim_v)
+    said += scale_reasons(spec.softmax_scale)
     for name, stride in (("q", spec.q_stride), ("k_cache", spec.k_stride), ("v_cache", spec.v_stride)):
         if stride[-1] != 1 or any(step % 8 or not 0 <= step < 2**38 for step in stride[:-1]):
             said.append(f"{name} has strides {stride}; supported: 1 at the end, else multiples of 8 elements")
@@ -60,14 +58,10 @@ def decode_describe(spec: DecodeSpec) -> str:
 
 def append_reasons(spec: AppendSpec) -> list[str]:
     """Why this backend cannot write the cache; empty if it can."""
+    said = device_reasons(spec.device)
     if spec.device.type != "cuda":
-        return [f"tensors are on {spec.device}; the kernels need an NVIDIA Hopper GPU"]
-    said = []
-    capability = arch.capability(spec.device)
-    if capability != (9, 0):
-        said.append(f"compute capability is {capability[0]}.{capability[1]}; the kernels need 9.0 (Hopper)")
-    if spec.dtype not in ELEMENTS:
-        said.append(f"dtype is {spec.dtype}; supported: float16, bfloat16")
+        return said
+    said += element_reasons(spec.dtype)
     for name, dim in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
         if not 0 < dim <= 256:
             said.append(f"{name} is {dim}; supported: up to 256")
@@ -137,20 +131,17 @@ class DecodePlan:
     def _numbers(self, new: New) -> tuple:
         """(numbers, magic of m_blocks, table stride, strides, scales) of the kernels; see `make_work`."""
         spec = self.spec
-        left, right = (UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in _sides(spec))
+        left, right = window_numbers(spec.window)
         m_blocks = blocks_of_rows(spec)
         numbers = (
             new.seqlen_new, spec.seqlen_q, spec.total_q, spec.capacity, left, right, self.items, m_blocks
         )  # fmt: skip
         q_stride = (0, *spec.q_stride) if spec.packed_q else spec.q_stride
         strides = (*q_stride[:3], *spec.k_stride[:3], *spec.v_stride[:3])
-        if spec.softcap > 0.0:
-            scales = (spec.softcap * LOG2E, spec.softmax_scale / spec.softcap)
-        else:
-            scales = (spec.softmax_scale * LOG2E, 0.0)
+        scales = score_scales(spec.softmax_scale, spec.softcap)
         return numbers, division_magic(m_blocks), spec.table_stride, tuple(s // 8 for s in strides), scales
 
-    def _memory(self, q, workspace) -> tuple[torch.Tensor, ...]:
+    def _memory(self, workspace) -> tuple[torch.Tensor, ...]:
         """(counters int32, lse, l_part, o_part float32) for a call."""
         if workspace is None:
             stream = torch._C._cuda_getCurrentRawStream(self.device_index)
@@ -183,7 +174,7 @@ class DecodePlan:
         result = out
         if out is None or out.data_ptr() % ALIGNMENT:
             result = torch.empty(spec.out_shape, dtype=spec.dtype, device=spec.device)
-        counters, scratch, l_part, o_part = self._memory(q, workspace)
+        counters, scratch, l_part, o_part = self._memory(workspace)
         lse = torch.empty(spec.lse_shape, dtype=torch.float32, device=spec.device) if want_lse else scratch
         if 0 in cache.k.shape[:2] or spec.capacity == 0:
             result.zero_()
@@ -240,10 +231,6 @@ class DecodePlan:
             tensors = (out, lse, o_part, l_part)
             arguments = (*tensors, pointers, cache.seqlen, *self.constants[:2], config)
             self.combiner = KernelLauncher(combine_partials, arguments, dict(num_warps=4, launch_pdl=True))
-
-
-def _sides(spec: DecodeSpec) -> tuple[int, int]:
-    return spec.window.left, spec.window.right
 
 
 def _rounded(size: int) -> int:

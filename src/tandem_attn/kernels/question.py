@@ -1,0 +1,58 @@
+"""What every launcher asks of a question, and the numbers that all of their kernels take from it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tandem_attn import arch
+from tandem_attn.kernels.config import ELEMENTS
+from tandem_attn.spec import Window
+
+LOG2E = math.log2(math.e)
+UNBOUNDED = 2**30  # a window side that no length reaches
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why kernels cannot run on a device; empty on Hopper."""
+    if device.type != "cuda":
+        return [f"tensors are on {device}; the kernels need an NVIDIA Hopper GPU (compute capability 9.0)"]
+    major, minor = arch.capability(device)
+    if (major, minor) != (9, 0):
+        return [f"compute capability is {major}.{minor}; the kernels need 9.0 (Hopper)"]
+    return []
+
+
+def element_reasons(dtype: torch.dtype) -> list[str]:
+    """Why kernels cannot compute in an element type."""
+    return [] if dtype in ELEMENTS else [f"dtype is {dtype}; supported: float16, bfloat16"]
+
+
+def head_dim_reasons(head_dim: int, head_dim_v: int) -> list[str]:
+    """Why no tile holds heads of these sizes."""
+    return [
+        f"{name} is {dim}; supported: multiples of 8 up to 256"
+        for name, dim in (("head_dim", head_dim), ("head_dim_v", head_dim_v))
+        if dim % 8 or not 0 < dim <= 256
+    ]
+
+
+def scale_reasons(softmax_scale: float) -> list[str]:
+    """Why scores cannot be scaled like that."""
+    if softmax_scale > 0.0:
+        return []
+    return [f"softmax_scale is {softmax_scale}; the kernel's running maximum needs it positive"]
+
+
+def window_numbers(window: Window) -> tuple[int, int]:
+    """(left, right) as masks take them: an unlimited side is one that no length reaches."""
+    left, right = (UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in (window.left, window.right))
+    return left, right
+
+
+def score_scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
+    """(scale_log2, inner_scale): score, or capped score, to exponent of 2; and score to argument of tanh."""
+    if softcap > 0.0:
+        return softcap * LOG2E, softmax_scale / softcap
+    return softmax_scale * LOG2E, 0.0
