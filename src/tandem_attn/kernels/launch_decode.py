@@ -190,8 +190,8 @@ class DecodePlan:
         spec, config = self.spec, self.config
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         given = (cache.seqlens, new.cu_seqlens_k_new, cache.leftpad, new.cu_seqlens_q, cache.batch_idx)
-        # kernels load several lengths at once: from 16-byte boundaries. (Not the table: a copy of it could have
-        # other strides than those the plan knows.)
+        # kernels load several lengths at once: from 16-byte boundaries. (Not the table: a copy of it could
+        # have other strides than those the plan knows.)
         pointers = tuple(x if x is None or x.data_ptr() % ALIGNMENT == 0 else x.clone() for x in given)
         pointers = (*pointers, cache.page_table)
         if self.launcher is None:
