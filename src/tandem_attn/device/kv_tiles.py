@@ -31,6 +31,16 @@ def _cache_row(tiles, at, valid):
         return at.batch
 
 
+@gluon.jit
+def load_pieces(desc, smem, bar, stage, places, head, chunks: gl.constexpr, width: gl.constexpr, valid):
+    """Start the loads of all pieces of a tile of K or V into a stage, if valid."""
+    pieces: gl.constexpr = len(places)
+    for c in gl.static_range(chunks):
+        for p in gl.static_range(pieces):
+            to = smem.index((stage * chunks + c) * pieces + p).reshape(desc.block_type.shape)
+            tma_load(desc, [places[p][0], places[p][1], head, c * width], bar, to, pred=valid)
+
+
 @policy(clears=False)
 class LoadedTiles:
     """Through descriptors of dimensions (sequence or page, key, KV head, column)."""
@@ -93,16 +103,8 @@ class LoadedTiles:
             pieces * (k_chunks * self.k.block_type.nbytes + v_chunks * self.v.block_type.nbytes),
             pred=valid,
         )
-        for c in gl.static_range(k_chunks):
-            for p in gl.static_range(pieces):
-                to = self.k_smem.index((stage * k_chunks + c) * pieces + p).reshape(self.k.block_type.shape)
-                coords = [places[p][0], places[p][1], self.head, c * self.config.k_width]
-                tma_load(self.k, coords, bar, to, pred=valid)
-        for c in gl.static_range(v_chunks):
-            for p in gl.static_range(pieces):
-                to = self.v_smem.index((stage * v_chunks + c) * pieces + p).reshape(self.v.block_type.shape)
-                coords = [places[p][0], places[p][1], self.head, c * self.config.v_width]
-                tma_load(self.v, coords, bar, to, pred=valid)
+        load_pieces(self.k, self.k_smem, bar, stage, places, self.head, k_chunks, self.config.k_width, valid)
+        load_pieces(self.v, self.v_smem, bar, stage, places, self.head, v_chunks, self.config.v_width, valid)
 
     @gluon.jit
     def wait(self, it):

@@ -36,12 +36,12 @@ class Results:
 
 
 @gluon.jit
-def store_result(results, work, item, x, lse, config: gl.constexpr):
-    """Write the final rows of an item: chunks x [rows, v_width] and base-2 lse [rows]."""
+def store_result(results, work, item, x, lse, row0: gl.constexpr, config: gl.constexpr):
+    """Write final rows of an item, from row0 on: chunks x [rows, v_width] and base-2 lse [rows]."""
     layout: gl.constexpr = x[0].type.layout
     count: gl.constexpr = x[0].shape[0]
     width: gl.constexpr = config.v_width
-    r = gl.arange(0, count, gl.SliceLayout(1, layout))
+    r = row0 + gl.arange(0, count, gl.SliceLayout(1, layout))
     of_out, _, there = results.places(work, item, r, config)
     for c in gl.static_range(config.v_chunks):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
@@ -49,24 +49,24 @@ def store_result(results, work, item, x, lse, config: gl.constexpr):
         keep = there[:, None] & (columns < config.columns_v)[None, :]
         gl.store(to, x[c].to(results.out.dtype.element_ty), mask=keep)
     by_row: gl.constexpr = lse.type.layout
-    _, of_lse, there = results.places(work, item, gl.arange(0, count, by_row), config)
+    _, of_lse, there = results.places(work, item, row0 + gl.arange(0, count, by_row), config)
     gl.store(results.lse + of_lse, lse * LN2, mask=there)
 
 
 @gluon.jit
-def store_partial(results, slot, x, lse, config: gl.constexpr):
-    """Write one partial result of an item."""
+def store_partial(results, slot, x, lse, row0: gl.constexpr, config: gl.constexpr):
+    """Write rows of one partial result of an item, from row0 on."""
     layout: gl.constexpr = x[0].type.layout
     count: gl.constexpr = x[0].shape[0]
     width: gl.constexpr = config.v_width
-    r = gl.arange(0, count, gl.SliceLayout(1, layout))
+    r = row0 + gl.arange(0, count, gl.SliceLayout(1, layout))
     at = slot.to(gl.int64) * config.rows + r
     for c in gl.static_range(config.v_chunks):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
         to = results.o_part + (at * config.head_dim_v)[:, None] + columns[None, :]
         gl.store(to, x[c], mask=(r < config.rows)[:, None])
     by_row: gl.constexpr = lse.type.layout
-    r = gl.arange(0, count, by_row)
+    r = row0 + gl.arange(0, count, by_row)
     gl.store(results.l_part + slot.to(gl.int64) * config.rows + r, lse, mask=r < config.rows)
 
 
@@ -79,7 +79,7 @@ def store_zeros(results, work, item, config: gl.constexpr):
     for _ in gl.static_range(config.v_chunks):
         x = x + (gl.zeros([config.tile_m, width], gl.float32, layout),)
     lse = gl.full([config.tile_m], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-    store_result(results, work, item, x, lse, config)
+    store_result(results, work, item, x, lse, 0, config)
 
 
 @gluon.jit
@@ -125,21 +125,40 @@ def merged_columns(
 
 
 @gluon.jit
-def store_merged(results, work, item, parts, config: gl.constexpr):
-    """Merge all partials of an item and write its final rows; by one program."""
-    width: gl.constexpr = config.merge_width
-    layout: gl.constexpr = config.merge_layout
+def store_merged_block(
+    results, work, item, parts, row0, rows: gl.constexpr, column, width: gl.constexpr, layout: gl.constexpr,
+    config: gl.constexpr,
+):  # fmt: skip
+    """Merge `rows` rows from row0 on, and `width` columns from `column` on, of all partials of an item, and
+    write what they come to."""
     by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
     of_x: gl.constexpr = gl.SliceLayout(0, layout)
-    r = gl.arange(0, config.rows_stored, by_row)
-    r_x = gl.arange(0, config.rows_stored, gl.SliceLayout(1, of_x))
-    of_out, lse_unused, there = results.places(work, item, r_x, config)
-    out_unused, of_lse, written = results.places(work, item, r, config)
+    r = row0 + gl.arange(0, rows, by_row)
+    x, lse = merged_columns(results, parts, r, r < config.rows, column, width, layout, config)
+    _, of_lse, there = results.places(work, item, r, config)
+    gl.store(results.lse + of_lse, lse * LN2, mask=there & (column == 0))
+    r = row0 + gl.arange(0, rows, gl.SliceLayout(1, of_x))
+    of_out, _, there = results.places(work, item, r, config)
+    columns = column + gl.arange(0, width, gl.SliceLayout(0, of_x))
+    keep = there[:, None] & (columns < config.columns_v)[None, :]
+    to = results.out + (of_out * config.columns_v)[:, None] + columns[None, :]
+    gl.store(to, x.to(results.out.dtype.element_ty), mask=keep)
+
+
+@gluon.jit
+def store_merged(results, work, item, parts, row0: gl.constexpr, config: gl.constexpr):
+    """Merge all partials of an item and write its final rows from row0 on; by one program."""
+    width: gl.constexpr = config.merge_width
     for c in gl.static_range(config.head_dim_v // width):
-        x, lse = merged_columns(results, parts, r, r < config.rows, c * width, width, layout, config)
-        columns = c * width + gl.arange(0, width, gl.SliceLayout(0, of_x))
-        keep = there[:, None] & (columns < config.columns_v)[None, :]
-        to = results.out + (of_out * config.columns_v)[:, None] + columns[None, :]
-        gl.store(to, x.to(results.out.dtype.element_ty), mask=keep)
-        if c == 0:
-            gl.store(results.lse + of_lse, lse * LN2, mask=written)
+        store_merged_block(
+            results,
+            work,
+            item,
+            parts,
+            row0,
+            config.rows_stored,
+            c * width,
+            width,
+            config.merge_layout,
+            config,
+        )

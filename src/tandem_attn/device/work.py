@@ -197,6 +197,14 @@ class Cursor:
     stop: gl.tensor  # end of the segment
     left: gl.tensor  # units after it
 
+    @gluon.jit
+    def at_tile(self, tile):
+        """The cursor at another tile of its segment."""
+        return Cursor(
+            self.item, self.batch, self.length, self.pad, self.before, self.first, self.end, tile, self.stop,
+            self.left,
+        )  # fmt: skip
+
 
 @gluon.jit
 def first_segment(work, seen, unit, count):

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from tandem_attn.device.decode_groups import GroupRows
 from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.gluon import gl
 from tandem_attn.device.kv_tiles import GatheredTiles, LoadedTiles
@@ -77,7 +78,6 @@ class DecodeConfig:
     merges: bool = True  # the last program of an item merges its partials; else a second kernel does
     parts_at_once: int = 16  # partials that a look of the merge takes in
     same_strides: bool = False  # of K and V
-    halves: int = 1  # parts of a tile, of which one is multiplied while the other is in the softmax
     one_look: bool = True  # at all items
     residents: int = 1  # programs of a multiprocessor: two hide each other's waits where one cannot
 
@@ -88,6 +88,10 @@ class DecodeConfig:
             raise ValueError(f"WarpKeys: 16 rows, and 16 keys for each warp: {self}")
         if self.RowKind is WarpRows and self.tile_m != 16 * self.num_warps:
             raise ValueError(f"WarpRows: 16 rows for each warp: {self}")
+        if self.RowKind is GroupRows and (self.tile_m not in (64, 128) or self.num_warps != 4):
+            raise ValueError(f"GroupRows: 64 or 128 rows, and 4 warps for each 64: {self}")
+        if self.RowKind is GroupRows and self.Tiles is not LoadedTiles:
+            raise ValueError("GroupRows: its producer loads by TMA")
         if self.tile_n % self.pieces or self.piece_rows % PIECE_ROWS:
             raise ValueError(f"{self.pieces} pieces of {self.piece_rows} keys: whole eighths only")
         if self.pieces > 1 and self.Tiles is not LoadedTiles:
@@ -140,14 +144,23 @@ class DecodeConfig:
         return self.tile_n // self.pieces
 
     @property
+    def num_groups(self) -> int:
+        """Warpgroups that share the rows of an item, each with its own part."""
+        return self.tile_m // 64 if self.RowKind is GroupRows else 1
+
+    @property
+    def group_rows(self) -> int:
+        return self.tile_m // self.num_groups
+
+    @property
     def q_in_registers(self) -> bool:
-        """WarpKeys: 64 registers of Q beside 128 of O would spill."""
+        """64 registers of Q beside 128 of O would spill."""
         return self.head_dim + self.head_dim_v < 512
 
     @property
     def by_panels(self) -> bool:
         """wgmma reads a tile as panels of 64 columns: pieces must then come panel by panel."""
-        return self.pieces > 1 and self.RowKind is WarpRows
+        return self.pieces > 1 and self.RowKind is not WarpKeys
 
     @property
     def k_width(self) -> int:
@@ -182,7 +195,7 @@ class DecodeConfig:
 
     @property
     def q_layout(self):
-        return gl.NVMMASharedLayout.get_default_for([self.tile_m, self.k_width], self.dtype)
+        return gl.NVMMASharedLayout.get_default_for([self.group_rows, self.k_width], self.dtype)
 
     def copy_layout(self, width: int):
         """Threads of the gathering copies: 16 bytes each, a warp copies whole rows next to each other."""
@@ -198,13 +211,8 @@ class DecodeConfig:
         return gl.NVMMADistributedLayout([2, 0], [self.num_warps, 1, 1], [1, 16, 8])
 
     @property
-    def part_n(self) -> int:
-        """Keys of a part of a tile."""
-        return self.tile_n // self.halves
-
-    @property
     def s_layout(self):
-        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.part_n, 16])
+        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.tile_n, 16])
 
     @property
     def o_layout(self):
@@ -217,10 +225,20 @@ class DecodeConfig:
         return gl.BlockedLayout([1, 1, 4], [1, 32 // across, across], [1, self.num_warps, 1], [2, 1, 0])
 
     @property
+    def combine_rows(self) -> int:
+        """Rows of a program of the second kernel: a warp each, or one that all warps share the partials of."""
+        return 4 if self.rows >= 32 else 1
+
+    @property
+    def row_blocks(self) -> int:
+        return -(-self.rows // self.combine_rows)
+
+    @property
     def combine_layout(self):
-        """The same for the second kernel, whose programs have one row: warps share the partials."""
+        """[partials, rows, columns] of the second kernel."""
         across = min(32, self.combine_width // 4)
-        return gl.BlockedLayout([1, 1, 4], [32 // across, 1, across], [4, 1, 1], [2, 1, 0])
+        warps = [1, 4, 1] if self.combine_rows == 4 else [4, 1, 1]
+        return gl.BlockedLayout([1, 1, 4], [32 // across, 1, across], warps, [2, 1, 0])
 
     @property
     def kept_rows(self) -> int:
@@ -264,7 +282,7 @@ class DecodeConfig:
     @property
     def combine_width(self) -> int:
         """Columns that a program of the second kernel merges: few where partials are many."""
-        return min(self.head_dim_v, max(32, 8192 // self.parts_at_once))
+        return min(self.head_dim_v, max(32, 8192 // (self.parts_at_once * self.combine_rows)))
 
     @cached_property
     def shared_memory(self) -> int:
@@ -328,6 +346,9 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
     stage = 2 * tile_n * (head_dim + head_dim_v)
     pieces = pieces_of_a_tile(spec.page_size, tile_n)
     num_stages = max(2, 96 * 1024 // stage)
+    if kind is WarpRows and pieces:
+        kind, num_warps = GroupRows, 4
+        num_stages = max(2, min(6, (SHARED_MEMORY - 2048 - 2 * tile_m * head_dim) // stage))
     residents = 2 if pieces is None else 1
     rows = min(tile_m, spec.seqlen_q * spec.group_size)
     items = spec.batch * blocks_of_rows(spec)
@@ -343,7 +364,7 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         tile_n=tile_n,
         num_warps=num_warps,
         num_stages=num_stages,
-        rows_stored=tile_m,
+        rows_stored=64 if kind is GroupRows else tile_m,
         items_at_once=1 if items == 1 else min(MAX_ITEMS_AT_ONCE, max(32, power_of_two(items))),
         heads=(spec.num_kv_heads, spec.group_size),
         dims=(spec.head_dim, spec.head_dim_v),
@@ -362,7 +383,6 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         has_leftpad=spec.has_leftpad,
         has_batch_idx=spec.has_batch_idx,
         same_strides=head_dim == head_dim_v and spec.k_stride == spec.v_stride,
-        halves=2 if tile_m == 128 and tile_n == 128 else 1,
         residents=residents,
     )
     if kind is WarpKeys:

@@ -25,13 +25,14 @@ from tandem_attn.device.work import Cursor, Work, first_segment, next_segment, p
 
 
 @gluon.jit
-def _load_q(q_ptr, q_smem, work, kv_head, item, strides, config: gl.constexpr):
-    """The packed rows of an item; zeros in rows and columns that do not exist."""
+def load_q(q_ptr, q_smem, work, kv_head, item, strides, group: gl.constexpr, config: gl.constexpr):
+    """The packed rows of a group of an item; zeros in rows and columns that do not exist."""
     width: gl.constexpr = config.k_width
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [config.num_warps, 1], [1, 0])
     batch, row = work.place(item)
     start, tokens = work.tokens(batch, True)
-    row = row + gl.arange(0, config.tile_m, gl.SliceLayout(1, layout))
+    rows: gl.constexpr = config.group_rows
+    row = row + group * rows + gl.arange(0, rows, gl.SliceLayout(1, layout))
     token = work.token(row)
     there = token < tokens
     head = kv_head * config.group_size + (row - token * config.group_size)
@@ -44,14 +45,15 @@ def _load_q(q_ptr, q_smem, work, kv_head, item, strides, config: gl.constexpr):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
         keep = there[:, None] & (columns < config.columns)[None, :]
         x = gl.load(q_ptr + (base * 8)[:, None] + columns[None, :], mask=keep, other=0.0)
-        q_smem.index(c).store(x)
+        q_smem.index(group * config.k_chunks + c).store(x)
 
 
 @gluon.jit
-def _rows_of(work, at, config: gl.constexpr):
-    """What the rows of the item at a cursor may see."""
+def rows_of(work, at, group: gl.constexpr, config: gl.constexpr):
+    """What the rows of a group of the item at a cursor may see."""
     _, tokens = work.tokens(at.batch, True)
     _, row = work.place(at.item)
+    row += group * config.group_rows
     offset = at.length - tokens
     seen_by_all = at.length
     from_all = at.pad
@@ -59,14 +61,14 @@ def _rows_of(work, at, config: gl.constexpr):
         first = work.token(row)
         seen_by_all = gl.minimum(seen_by_all, offset + first + work.window_right + 1)
     if config.left_edge:
-        last = gl.minimum(work.token(row + (config.tile_m - 1)), tokens - 1)
+        last = gl.minimum(work.token(row + (config.group_rows - 1)), tokens - 1)
         from_all = gl.maximum(from_all, offset + last - work.window_left)
     return Rows(at.length, at.pad, offset, row, seen_by_all, from_all, work.window_left, work.window_right,
                 config)  # fmt: skip
 
 
 @gluon.jit
-def _empty_items(work, results, start, step, config: gl.constexpr):
+def empty_items(work, results, start, step, config: gl.constexpr):
     """Zeros and -inf for the items of this KV head that see no key."""
     for item in range(start, work.num_items, step):
         first, end = work.tiles(item, True)
@@ -75,7 +77,7 @@ def _empty_items(work, results, start, step, config: gl.constexpr):
 
 
 @gluon.jit
-def _given(pointer, nowhere):
+def given(pointer, nowhere):
     """A pointer, or one that nobody follows."""
     if pointer is None:
         return nowhere
@@ -86,8 +88,8 @@ def _given(pointer, nowhere):
 @gluon.jit
 def make_work(pointers, nowhere, seqlen, numbers, m_blocks_magic, config: gl.constexpr):
     """The facts of a call, from the tuples that kernels/launch_decode.py builds."""
-    seqlens, cu_seqlens_new = _given(pointers[0], nowhere), _given(pointers[1], nowhere)
-    leftpad, cu_seqlens_q = _given(pointers[2], nowhere), _given(pointers[3], nowhere)
+    seqlens, cu_seqlens_new = given(pointers[0], nowhere), given(pointers[1], nowhere)
+    leftpad, cu_seqlens_q = given(pointers[2], nowhere), given(pointers[3], nowhere)
     n = ()
     for i in gl.static_range(8):  # Triton makes compile-time constants of those that are 1
         n = n + (gl.to_tensor(numbers[i]),)
@@ -111,7 +113,7 @@ def _make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl
         [config.num_stages * config.v_chunks * config.pieces, config.piece_rows, config.v_width],
         config.piece_layout(config.v_width),
     )  # fmt: skip
-    batch_idx, page_table = _given(pointers[4], nowhere), _given(pointers[5], nowhere)
+    batch_idx, page_table = given(pointers[4], nowhere), given(pointers[5], nowhere)
     stride = gl.to_tensor(table_stride)
     if config.Tiles.clears:
         k_strides, v_strides = (strides[3], strides[4], strides[5]), (strides[6], strides[7], strides[8])
@@ -138,18 +140,22 @@ def _make_scratch(config: gl.constexpr):
 
 
 @gluon.jit
-def _finish(work, results, at, parts, x, lse, counters, unit, config: gl.constexpr):
-    """Write what a segment gave: the result of an item, or a part of it. `unit`: of the item, of the
-    segment's first tile."""
+def finish_segment(
+    work, results, at, parts, x, lse, counters, unit, group: gl.constexpr, config: gl.constexpr
+):
+    """Write what a segment gave to the rows of a group: the result of an item, or a part of it. `unit`: of
+    the item, of the segment's first tile."""
+    row0: gl.constexpr = group * config.group_rows
     if parts.count == 1:
-        store_result(results, work, at.item, x, lse, config)
+        store_result(results, work, at.item, x, lse, row0, config)
     else:
-        store_partial(results, parts.slot(unit), x, lse, config)
+        store_partial(results, parts.slot(unit), x, lse, row0, config)
         if config.merges:
             thread_barrier()
-            counter = counters + (at.item * config.num_kv_heads + results.kv_head)
+            of_item = (at.item * config.num_kv_heads + results.kv_head) * config.num_groups + group
+            counter = counters + of_item
             if gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts.count - 1:
-                store_merged(results, work, at.item, parts, config)
+                store_merged(results, work, at.item, parts, row0, config)
                 gl.store(counter, 0)
 
 
@@ -187,14 +193,14 @@ def decode_attention(
         ahead, valid = _advance(work, ahead, valid)
         places = tiles.locate(ahead, valid)
     if work.some_empty(seen):
-        _empty_items(work, results, place, c.per_head, c)
+        empty_items(work, results, place, c.per_head, c)
     it = unit * 0
     going = count > 0
     while going:
-        _load_q(q_ptr, q_smem, work, kv_head, at.item, strides, c)
+        load_q(q_ptr, q_smem, work, kv_head, at.item, strides, 0, c)
         q = rows_kind.operand(q_smem)
         state = rows_kind.empty()
-        rows = _rows_of(work, at, c)
+        rows = rows_of(work, at, 0, c)
         # divisions here, while the first loads are under way
         parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share, kv_head)
         if work.splits.shared:
@@ -216,7 +222,7 @@ def decode_attention(
             if at.left == 0:
                 gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
         x, lse = rows_kind.finish(state, tiles, scratch, (it - 1) % c.num_stages)
-        _finish(work, results, at, parts, x, lse, counters, part, c)
+        finish_segment(work, results, at, parts, x, lse, counters, part, 0, c)
         going = at.left > 0
         if going:
             at = next_segment(work, at)

@@ -22,9 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from tandem_attn.kernels import launch_decode
 from tandem_attn.kernels.combine import combine_partials
 from tandem_attn.kernels.config_decode import DecodeConfig
-from tandem_attn.kernels.decode import decode_attention
 from tandem_attn.kernels.launch_decode import box_of
 from tandem_attn.spec_decode import New
 from tandem_attn.testing.compile import always_compile, command_line, disassembled
@@ -121,7 +121,7 @@ def given_pointers(config: DecodeConfig) -> tuple[str | None, ...]:
 
 def kernel_of(variant: DecodeVariant):
     """The jit function."""
-    return combine_partials if variant.combines else decode_attention
+    return combine_partials if variant.combines else launch_decode.kernel_of(variant.config)
 
 
 def decode_source(variant: DecodeVariant) -> GluonASTSource:
@@ -134,7 +134,7 @@ def options_of(variant: DecodeVariant) -> dict:
     """As kernels/launch_decode.py compiles it."""
     if variant.combines:
         return dict(num_warps=4, launch_pdl=True, enable_fp_fusion=True)
-    return dict(num_warps=variant.config.num_warps, enable_fp_fusion=True)
+    return dict(launch_decode.options_of(variant.config), enable_fp_fusion=True)
 
 
 def decode_report(variant: DecodeVariant) -> DecodeReport:
@@ -163,7 +163,7 @@ def products(config: DecodeConfig) -> tuple[int, int]:
     if config.one_block:
         keys = config.tile_n // config.num_warps
         return steps * (keys // 8) + keys // 16 * (config.head_dim_v // 8), 0
-    return 0, config.halves * steps + config.tile_n // 16 * config.v_chunks
+    return 0, steps + config.tile_n // 16 * config.v_chunks
 
 
 def _report_by_name(name: str) -> tuple[str, dict]:

@@ -1,0 +1,183 @@
+"""Flash-Decoding with 64 or 128 packed query rows for sm_90a: one producer warp, a consumer for 64 rows.
+
+The same work list, shares and results as `decode_attention`; what differs is who loads. A program has
+
+    producer   per tile of its share: wait for an empty stage, look the pages up, load K; the same for V
+    consumers  per segment: load Q; per tile as in device/decode_groups.py; write a result or a partial one;
+               the last program to arrive merges the partials, each consumer those of its rows
+"""
+
+from tandem_attn.device.decode_groups import Stages, first_tile, last_output, next_tile
+from tandem_attn.device.gluon import (
+    aggregate,
+    base_value,
+    fence_async_shared,
+    gdc_launch_dependents,
+    gl,
+    gluon,
+    mbarrier,
+    thread_barrier,
+)
+from tandem_attn.device.kv_tiles import LoadedTiles, load_pieces
+from tandem_attn.device.partials import Results
+from tandem_attn.device.turn import pass_turn
+from tandem_attn.device.work import first_segment, next_segment, parts_of
+from tandem_attn.kernels.decode import (
+    empty_items,
+    finish_segment,
+    given,
+    load_q,
+    make_work,
+    rows_of,
+)
+
+
+@aggregate
+class Share:
+    """What a program has to do."""
+
+    work: base_value
+    results: base_value
+    at: base_value  # Cursor of its first segment
+    place: gl.tensor  # of the program among those of its KV head
+    share: gl.tensor  # units of every program
+    count: gl.tensor  # of this one
+    empty: gl.tensor  # whether some item has no unit
+
+
+@gluon.jit
+def _producer(share, tiles, k, v):
+    work = share.work
+    at = share.at
+    c: gl.constexpr = work.config
+    i = share.count * 0
+    going = share.count > 0
+    while going:
+        for tile in range(at.tile, at.stop):
+            places = tiles.locate(at.at_tile(tile), True)
+            stage, bar = k.refill(i)
+            mbarrier.expect(bar, c.pieces * c.k_chunks * tiles.k.block_type.nbytes)
+            load_pieces(tiles.k, k.smem, bar, stage, places, tiles.head, c.k_chunks, c.k_width, True)
+            stage, bar = v.refill(i)
+            mbarrier.expect(bar, c.pieces * c.v_chunks * tiles.v.block_type.nbytes)
+            load_pieces(tiles.v, v.smem, bar, stage, places, tiles.head, c.v_chunks, c.v_width, True)
+            i += 1
+        going = at.left > 0
+        if going:
+            at = next_segment(work, at)
+
+
+@gluon.jit
+def _take_q(q_smem, group: gl.constexpr, config: gl.constexpr):
+    """Q as left operand, from registers or from shared memory."""
+    fence_async_shared()
+    thread_barrier()
+    q = ()
+    for c in gl.static_range(config.k_chunks):
+        smem = q_smem.index(group * config.k_chunks + c)
+        if config.q_in_registers:
+            q = q + (smem.load(gl.DotOperandLayout(0, config.s_layout, 2)),)
+        else:
+            q = q + (smem,)
+    return q
+
+
+@gluon.jit
+def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, counters, strides, scales):
+    work = share.work
+    results = share.results
+    at = share.at
+    c: gl.constexpr = work.config
+    if group == 0:
+        if share.empty:
+            empty_items(work, results, share.place, c.per_head, c)
+    if c.num_groups > 1:
+        if group == c.num_groups - 1:
+            pass_turn(group, c.num_groups)
+    it = share.count * 0
+    going = share.count > 0
+    while going:
+        load_q(q_ptr, q_smem, work, results.kv_head, at.item, strides, group, c)
+        q = _take_q(q_smem, group, c)
+        rows = rows_of(work, at, group, c)
+        parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share.share, results.kv_head)
+        if work.splits.shared:
+            part = share.place - at.before // share.share
+        else:
+            part = work.splits.unit_of(at.tile, at.first, at.end)
+        state = first_tile(group, q, k, it, rows, at.tile * c.tile_n, scales, c)
+        for tile in range(at.tile + 1, at.stop):
+            it += 1
+            state = next_tile(group, q, k, v, it, state, rows, tile * c.tile_n, tile > at.tile + 1, scales, c)
+        if not c.merges:  # noqa: SIM102 (one is known when compiling)
+            if at.left == 0:
+                gdc_launch_dependents()
+        n0 = (at.stop - 1) * c.tile_n
+        x, lse = last_output(v, it, state, rows, n0, at.stop - at.tile > 1, scales[0], c)
+        it += 1
+        finish_segment(work, results, at, parts, x, lse, counters, part, group, c)
+        going = at.left > 0
+        if going:
+            at = next_segment(work, at)
+
+
+@gluon.jit
+def _barriers(config: gl.constexpr, count: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [config.num_stages, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(config.num_stages):
+        mbarrier.init(bars.index(s), count=count)
+    return bars
+
+
+@gluon.jit
+def _stages(chunks: gl.constexpr, width: gl.constexpr, config: gl.constexpr):
+    smem = gl.allocate_shared_memory(
+        config.dtype.value, [config.num_stages * chunks * config.pieces, config.piece_rows, width],
+        config.piece_layout(width),
+    )  # fmt: skip
+    return Stages(smem, _barriers(config, 1), _barriers(config, config.num_groups), chunks, width, config)
+
+
+@gluon.jit(do_not_specialize=["seqlen"])
+def decode_groups(
+    k, v, q_ptr, out_ptr, lse_ptr, o_part, l_part, counters, pointers, seqlen, numbers, m_blocks_magic,
+    table_stride, strides, scales, config: gl.constexpr,
+):  # fmt: skip
+    """One program. Arguments as those of `decode_attention`."""
+    c: gl.constexpr = config.static
+    program = gl.program_id(0)
+    place = program // c.num_kv_heads
+    kv_head = program - place * c.num_kv_heads
+    work = make_work(pointers, counters, seqlen, numbers, m_blocks_magic, c)
+    results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
+    k_stages = _stages(c.k_chunks, c.k_width, c)
+    v_stages = _stages(c.v_chunks, c.v_width, c)
+    fence_async_shared()
+    batch_idx, page_table = given(pointers[4], counters), given(pointers[5], counters)
+    tiles = LoadedTiles(k, v, k_stages.smem, v_stages.smem, k_stages.full, page_table,
+                        gl.to_tensor(table_stride), batch_idx, kv_head, c)  # fmt: skip
+    shape: gl.constexpr = [c.num_groups * c.k_chunks, c.group_rows, c.k_width]
+    q_smem = gl.allocate_shared_memory(c.dtype.value, shape, c.q_layout)
+
+    seen = work.look()
+    units = work.num_units(seen)
+    each = gl.maximum((units + (c.per_head - 1)) // c.per_head, 1)
+    unit = place * each
+    count = gl.maximum(gl.minimum(each, units - unit), 0)
+    at = first_segment(work, seen, unit, count)
+    share = Share(work, results, at, place, each, count, work.some_empty(seen))
+    if c.num_groups == 1:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, counters, strides, scales)),
+                (_producer, (share, tiles, k_stages, v_stages)),
+            ],
+            [1],
+            [40],
+        )
+    else:
+        gl.warp_specialize([
+            (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, counters, strides, scales)),
+            (_consumer, (1, share, q_ptr, q_smem, k_stages, v_stages, counters, strides, scales)),
+            (_producer, (share, tiles, k_stages, v_stages)),
+        ], [4, 1], [232, 40])  # fmt: skip
