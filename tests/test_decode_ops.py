@@ -260,9 +260,12 @@ def test_addresses_are_looked_at(name):
     for moved in (False, True, False):
         given = inputs.tensors | ({name: shifted(inputs.tensors[name])} if moved else {})
         flash_attn_with_kvcache(**given)
-    first, second = ops_decode._plans.values()
-    assert first.spec.aligned and first.checks.aligned and not second.checks.aligned
-    assert second.spec.aligned == (name not in ("k_cache", "v_cache")), "q is read from its rotated copy"
+    plans = list(ops_decode._plans.values())
+    assert plans[0].spec.aligned
+    if name in ("q", "k_cache", "v_cache"):  # launches find out about the others themselves
+        assert plans[1].spec.aligned == (name == "q"), "q is read from its rotated copy"
+    else:
+        assert len(plans) == 1
 
 
 def variations():
@@ -275,8 +278,7 @@ def variations():
 
     ones = torch.ones(2, dtype=torch.int32)
     yield base
-    for name in ("k_cache", "k"):
-        yield base | {name: shifted(base[name])}
+    yield base | {"k_cache": shifted(base["k_cache"])}
     for name in ("q", "k_cache", "v_cache", "k", "v"):
         yield base | {name: strided(base[name])}
     wide = {n: torch.cat((base[n], base[n]), 1)[:, :4] for n in ("rotary_cos", "rotary_sin")}

@@ -181,8 +181,6 @@ def _key(given: tuple, options: tuple, memory: tuple) -> tuple | None:
         extra = None
         if k is not None or cos is not None:
             extra = (_facts(k), _facts(v), _facts(cos), _facts(sin), _facts(turns), _facts(cu_new))
-            for x in (k, v, cos, sin):
-                address |= 0 if x is None else x.data_ptr()
         elif cu_new is not None or v is not None or sin is not None or turns is not None:
             return None  # half of a pair: validation will say so
         return (

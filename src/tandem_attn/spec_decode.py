@@ -209,7 +209,6 @@ class AppendSpec:
     v_stride: tuple[int, ...]
     table_stride: int
     rotary_stride: int  # elements from one position to the next, in both tables
-    aligned: bool  # every tensor of elements starts at a multiple of 16 bytes
 
     @property
     def is_empty(self) -> bool:
@@ -262,7 +261,6 @@ def append_spec(given: Given, options: DecodeOptions) -> AppendSpec:
     shared = _shared_facts(given.q, cache, new, given.max_seqlen_q)
     k, v, rotates = given.k, given.v, rotary.cos is not None
     total_new = 0 if k is None else k.shape[0] if shared["packed_new"] else k.shape[0] * k.shape[1]
-    elements = [x for x in (given.q, cache.k, cache.v, k, v, rotary.cos, rotary.sin) if x is not None]
     return AppendSpec(
         **shared,
         max_new=total_new if shared["packed_new"] else new.seqlen_new,
@@ -277,7 +275,6 @@ def append_spec(given: Given, options: DecodeOptions) -> AppendSpec:
         new_k_stride=() if k is None else k.stride(),
         new_v_stride=() if v is None else v.stride(),
         rotary_stride=rotary.cos.stride(0) if rotates else 0,
-        aligned=all(x.data_ptr() % ALIGNMENT == 0 for x in elements),
     )
 
 

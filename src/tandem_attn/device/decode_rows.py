@@ -38,7 +38,7 @@ class Rows:
     @gluon.jit
     def partial(self, n0):
         """Whether some row may not see some key of the tile at n0."""
-        cut = n0 + self.config.part_n > self.seen_by_all
+        cut = n0 + self.config.tile_n > self.seen_by_all
         if self.config.left_edge or self.config.has_leftpad:
             cut = cut | (n0 < self.from_all)
         return cut
@@ -241,87 +241,51 @@ class WarpRows:
         return State(row_max, gl.zeros([config.tile_m], gl.float32, layout), o)
 
     @gluon.jit
-    def _start_scores(self, q, tiles, stage, h: gl.constexpr):
-        """Start S of part h of a tile."""
-        config: gl.constexpr = self.config
-        s = gl.zeros([config.tile_m, config.part_n], gl.float32, config.s_layout)
-        for c in gl.static_range(config.k_chunks):
-            k = chunk_of(tiles.k_smem, stage, c, config.k_chunks, config.k_width, config)
-            if config.halves > 1:
-                k = k.slice(h * config.part_n, config.part_n, dim=0)
-            s = warpgroup_mma(q.index(c), k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
-        return s
-
-    @gluon.jit
-    def _softmax(self, s, max_before, row_sum, rows, n0, scale_log2, inner_scale):
-        """(maximum, sum, alpha, P) after the scores of a part whose first key is n0."""
-        config: gl.constexpr = self.config
-        by_row: gl.constexpr = gl.SliceLayout(1, config.o_layout)
-        if config.softcap:
-            s = soft_capped(s, inner_scale)
-        if rows.partial(n0):
-            r = gl.arange(0, config.tile_m, gl.SliceLayout(1, config.s_layout))
-            key = n0 + gl.arange(0, config.part_n, gl.SliceLayout(0, config.s_layout))
-            s = gl.where(rows.visible(r[:, None], key[None, :]), s, float("-inf"))
-        row_max = gl.maximum(max_before, gl.convert_layout(gl.max(s, 1), by_row) * scale_log2)
-        base = gl.where(row_max == float("-inf"), 0.0, row_max)
-        alpha = gl.exp2(max_before - base)
-        p = gl.exp2(s * scale_log2 - gl.convert_layout(base, gl.SliceLayout(1, config.s_layout))[:, None])
-        row_sum = row_sum * alpha + gl.convert_layout(gl.sum(p, 1), by_row)
-        operand: gl.constexpr = gl.DotOperandLayout(0, config.o_layout, 2)
-        return (
-            row_max,
-            row_sum,
-            alpha,
-            gl.convert_layout(p.to(config.dtype.value), operand, assert_trivial=True),
-        )
-
-    @gluon.jit
-    def _start_output(self, p, alpha, tiles, stage, o, h: gl.constexpr):
-        """Start O * alpha + P V of part h."""
-        config: gl.constexpr = self.config
-        started = ()
-        for c in gl.static_range(config.v_chunks):
-            v = chunk_of(tiles.v_smem, stage, c, config.v_chunks, config.v_width, config)
-            if config.halves > 1:
-                v = v.slice(h * config.part_n, config.part_n, dim=0)
-            started = started + (warpgroup_mma(p, v, o[c] * alpha[:, None], is_async=True),)
-        return started
-
-    @gluon.jit
-    def _wait_output(self, started):
-        o = ()
-        for c in gl.static_range(self.config.v_chunks):
-            o = o + (warpgroup_mma_wait(0, deps=(started[c],)),)
-        return o
-
-    @gluon.jit
     def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
         config: gl.constexpr = self.config
         if not tiles.clears:  # noqa: SIM102 (one is known when compiling)
             if rows.ragged(n0):
                 clear_ragged(tiles.v_smem, stage, rows, n0)
                 thread_barrier()
-        if config.halves == 1:
-            s = warpgroup_mma_wait(0, deps=(self._start_scores(q, tiles, stage, 0),))
-            row_max, row_sum, alpha, p = self._softmax(
-                s, state.row_max, state.row_sum, rows, n0, scale_log2, inner_scale
-            )
-            o = self._wait_output(self._start_output(p, alpha, tiles, stage, state.o, 0))
-        else:
-            s = self._start_scores(q, tiles, stage, 0)
-            t = self._start_scores(q, tiles, stage, 1)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            row_max, row_sum, alpha, p = self._softmax(
-                s, state.row_max, state.row_sum, rows, n0, scale_log2, inner_scale
-            )
-            t = warpgroup_mma_wait(0, deps=(t,))
-            o = self._start_output(p, alpha, tiles, stage, state.o, 0)
-            n1 = n0 + config.part_n
-            row_max, row_sum, alpha, p = self._softmax(t, row_max, row_sum, rows, n1, scale_log2, inner_scale)
-            o = self._start_output(p, alpha, tiles, stage, self._wait_output(o), 1)
-            o = self._wait_output(o)
-        return State(row_max, row_sum, o)
+        s = self._scores(q, tiles, stage)
+        if config.softcap:
+            s = soft_capped(s, inner_scale)
+        if rows.partial(n0):
+            r = gl.arange(0, config.tile_m, gl.SliceLayout(1, config.s_layout))
+            key = n0 + gl.arange(0, config.tile_n, gl.SliceLayout(0, config.s_layout))
+            s = gl.where(rows.visible(r[:, None], key[None, :]), s, float("-inf"))
+        by_row: gl.constexpr = gl.SliceLayout(1, config.o_layout)
+        row_max = gl.maximum(state.row_max, gl.convert_layout(gl.max(s, 1), by_row) * scale_log2)
+        base = gl.where(row_max == float("-inf"), 0.0, row_max)
+        alpha = gl.exp2(state.row_max - base)
+        p = gl.exp2(s * scale_log2 - gl.convert_layout(base, gl.SliceLayout(1, config.s_layout))[:, None])
+        row_sum = state.row_sum * alpha + gl.convert_layout(gl.sum(p, 1), by_row)
+        operand: gl.constexpr = gl.DotOperandLayout(0, config.o_layout, 2)
+        p = gl.convert_layout(p.to(config.dtype.value), operand, assert_trivial=True)
+        return State(row_max, row_sum, self._output(p, alpha, tiles, stage, state.o))
+
+    @gluon.jit
+    def _scores(self, q, tiles, stage):
+        """S of a tile."""
+        config: gl.constexpr = self.config
+        s = gl.zeros([config.tile_m, config.tile_n], gl.float32, config.s_layout)
+        for c in gl.static_range(config.k_chunks):
+            k = chunk_of(tiles.k_smem, stage, c, config.k_chunks, config.k_width, config)
+            s = warpgroup_mma(q.index(c), k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+        return warpgroup_mma_wait(0, deps=(s,))
+
+    @gluon.jit
+    def _output(self, p, alpha, tiles, stage, o):
+        """O * alpha + P V."""
+        config: gl.constexpr = self.config
+        started = ()
+        for c in gl.static_range(config.v_chunks):
+            v = chunk_of(tiles.v_smem, stage, c, config.v_chunks, config.v_width, config)
+            started = started + (warpgroup_mma(p, v, o[c] * alpha[:, None], is_async=True),)
+        o = ()
+        for c in gl.static_range(config.v_chunks):
+            o = o + (warpgroup_mma_wait(0, deps=(started[c],)),)
+        return o
 
     @gluon.jit
     def finish(self, state, tiles, scratch, stage):

@@ -16,7 +16,7 @@ import torch
 from tandem_attn.device.gluon import aggregate, gl, gluon
 from tandem_attn.kernels.config import Static
 from tandem_attn.kernels.config_decode import power_of_two
-from tandem_attn.kernels.launcher import KernelLauncher
+from tandem_attn.kernels.launcher import KernelLauncher, misaligned
 from tandem_attn.spec_decode import AppendSpec, Cache, New
 
 _SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
@@ -119,7 +119,7 @@ class Facts:
     def length(self, b):
         """Keys of sequence b before this call."""
         if self.config.has_seqlens:
-            return gl.load(self.seqlens + b)
+            return gl.maximum(gl.load(self.seqlens + b), 0)
         else:
             return self.seqlen
 
@@ -248,7 +248,8 @@ class AppendPlan:
         self.rows_q = spec.total_q if spec.rotary_dim else 0
         heads = max(spec.num_heads if self.rows_q else 1, spec.num_kv_heads if spec.total_new else 1)
         self.grid = (self.rows_q + spec.total_new, -(-heads // config.heads_at_once), 1)
-        self.launcher: KernelLauncher | None = None
+        self.launchers: dict[int, KernelLauncher] = {}  # by the alignment of all tensors
+        self.constants: tuple[tuple, tuple] | None = None
         self.nothing: torch.Tensor | None = None  # where pointers that are not given point
 
     def _constants(self, new: New) -> tuple[tuple, tuple]:
@@ -282,11 +283,14 @@ class AppendPlan:
             turns,
         )
         pointers = tuple(self.nothing if x is None else x for x in given)
-        if self.launcher is None:
+        if self.constants is None:
             self.constants = self._constants(new)
-            arguments = (*tensors, pointers, cache.seqlen, *self.constants, self.config)
-            self.launcher = KernelLauncher(append_to_cache, arguments, dict(num_warps=4))
-        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         rest = (pointers, cache.seqlen, *self.constants, self.config)
-        self.launcher.launch_flat(self.grid, stream, [], tensors, rest)
+        pattern = misaligned((*tensors, *pointers))
+        launcher = self.launchers.get(pattern)
+        if launcher is None:
+            launcher = KernelLauncher(append_to_cache, (*tensors, *rest), dict(num_warps=4))
+            self.launchers[pattern] = launcher
+        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
+        launcher.launch_flat(self.grid, stream, [], tensors, rest)
         return out

@@ -1,6 +1,6 @@
 """The second kernel of Flash-Decoding: merge what the programs of `decode_attention` left of an item.
 
-Used where there is more than one program should merge alone. A program takes one row of an item and all
+Used where there is more than one program should merge alone. A program takes one row of an item, and many
 partials of it at once, so that their loads are in flight together. Launched early (programmatic dependent
 launch): it looks the work up while the decode kernel still runs, then waits for it.
 """

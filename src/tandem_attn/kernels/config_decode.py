@@ -77,7 +77,6 @@ class DecodeConfig:
     merges: bool = True  # the last program of an item merges its partials; else a second kernel does
     parts_at_once: int = 16  # partials that a look of the merge takes in
     same_strides: bool = False  # of K and V
-    halves: int = 1  # parts of a tile, of which one is multiplied while the other is in the softmax
     one_look: bool = True  # at all items
     residents: int = 1  # programs of a multiprocessor: two hide each other's waits where one cannot
 
@@ -198,13 +197,8 @@ class DecodeConfig:
         return gl.NVMMADistributedLayout([2, 0], [self.num_warps, 1, 1], [1, 16, 8])
 
     @property
-    def part_n(self) -> int:
-        """Keys of a part of a tile."""
-        return self.tile_n // self.halves
-
-    @property
     def s_layout(self):
-        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.part_n, 16])
+        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.tile_n, 16])
 
     @property
     def o_layout(self):
@@ -328,7 +322,7 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
     stage = 2 * tile_n * (head_dim + head_dim_v)
     pieces = pieces_of_a_tile(spec.page_size, tile_n)
     num_stages = max(2, 96 * 1024 // stage)
-    residents = 2 if pieces is None else 1
+    residents = 2 if pieces is None and num_warps <= 4 else 1  # 8 warps take more than half of the registers
     rows = min(tile_m, spec.seqlen_q * spec.group_size)
     items = spec.batch * blocks_of_rows(spec)
     absolute = spec.split_size is not None
@@ -362,7 +356,6 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         has_leftpad=spec.has_leftpad,
         has_batch_idx=spec.has_batch_idx,
         same_strides=head_dim == head_dim_v and spec.k_stride == spec.v_stride,
-        halves=2 if tile_m == 128 and tile_n == 128 else 1,
         residents=residents,
     )
     if kind is WarpKeys:

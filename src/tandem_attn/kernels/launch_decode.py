@@ -17,7 +17,7 @@ from tandem_attn.kernels.append import AppendPlan, append_config
 from tandem_attn.kernels.combine import combine_partials
 from tandem_attn.kernels.config_decode import DecodeConfig, blocks_of_rows, decode_config
 from tandem_attn.kernels.decode import decode_attention
-from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
+from tandem_attn.kernels.launcher import KernelLauncher, misaligned, tensor_descriptor
 from tandem_attn.kernels.question import (
     UNBOUNDED,
     device_reasons,
@@ -53,7 +53,9 @@ def decode_reasons(spec: DecodeSpec) -> list[str]:
 
 def decode_describe(spec: DecodeSpec) -> str:
     """One line for explain(): the configuration chosen."""
-    return str(DecodePlan(spec).config)
+    plan = DecodePlan(spec)
+    merge = "the last of them merges" if plan.config.merges else "a second kernel merges"
+    return f"{plan.config}, {plan.programs} programs, {merge}"
 
 
 def append_reasons(spec: AppendSpec) -> list[str]:
@@ -113,8 +115,9 @@ class DecodePlan:
         self.num_counters = self.items * spec.num_kv_heads if config.merges else 1
         self.counter_bytes = _rounded(4 * self.num_counters)
         self.workspace_bytes = self.counter_bytes + self.lse_bytes + self.l_bytes + self.o_bytes
-        self.launcher: KernelLauncher | None = None
-        self.combiner: KernelLauncher | None = None
+        self.constants: tuple | None = None
+        # (decode, combine or None), by the alignment of the tensors of numbers
+        self.launchers: dict[int, tuple[KernelLauncher, KernelLauncher | None]] = {}
         self.maps: dict[tuple[int, int], list] = {}
 
     def _slots(self) -> int:
@@ -189,48 +192,53 @@ class DecodePlan:
     def _launch(self, q, cache: Cache, new: New, out, lse, counters, l_part, o_part) -> None:
         spec, config = self.spec, self.config
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        given = (cache.seqlens, new.cu_seqlens_k_new, cache.leftpad, new.cu_seqlens_q, cache.batch_idx)
-        # kernels load several lengths at once: from 16-byte boundaries. (Not the table: a copy of it could
-        # have other strides than those the plan knows.)
-        pointers = tuple(x if x is None or x.data_ptr() % ALIGNMENT == 0 else x.clone() for x in given)
-        pointers = (*pointers, cache.page_table)
-        if self.launcher is None:
-            self._prepare(q, cache, new, out, lse, counters, l_part, o_part, pointers)
-        addresses = (cache.k.data_ptr(), cache.v.data_ptr())
-        if config.Tiles.clears.value:
-            kv = [cache.k, cache.v]
-        else:
-            kv = self.maps.get(addresses)
-            if kv is None:
-                if len(self.maps) >= MAX_CACHED_ADDRESSES:
-                    self.maps.clear()
-                kv = self.maps[addresses] = self.launcher.encode(addresses, (cache.k, cache.v))
-        tensors = (q, out, lse, o_part, l_part, counters)
-        rest = (pointers, cache.seqlen, *self.constants, config)
-        self.launcher.launch_flat((self.programs, 1, 1), stream, kv, tensors, rest)
-        if not config.merges:
-            rest = (pointers, cache.seqlen, *self.constants[:2], config)
+        pointers = (
+            cache.seqlens, new.cu_seqlens_k_new, cache.leftpad, new.cu_seqlens_q, cache.batch_idx,
+            cache.page_table,
+        )  # fmt: skip
+        if self.constants is None:
+            self.constants = self._numbers(new)
+        tensors, lengths = (q, out, lse, o_part, l_part, counters), (pointers, cache.seqlen)
+        pattern = misaligned(pointers)
+        found = self.launchers.get(pattern)
+        if found is None:
+            found = self.launchers[pattern] = self._prepare(cache, tensors, lengths)
+        decoder, combiner = found
+        kv = self._kv(cache, decoder)
+        decoder.launch_flat((self.programs, 1, 1), stream, kv, tensors, (*lengths, *self.constants, config))
+        if combiner is not None:
             programs = self.items * self.rows * spec.num_kv_heads
             grid = (programs, config.head_dim_v // config.combine_width, 1)
-            self.combiner.launch_flat(grid, stream, [], (out, lse, o_part, l_part), rest)
+            tensors = (out, lse, o_part, l_part)
+            combiner.launch_flat(grid, stream, [], tensors, (*lengths, *self.constants[:2], config))
 
-    def _prepare(self, q, cache, new, out, lse, counters, l_part, o_part, pointers) -> None:
-        """Compile (or find) the kernels; once per plan, at its first call."""
+    def _kv(self, cache: Cache, decoder: KernelLauncher) -> list:
+        """The cache as the decode kernel takes it: tensors, or tensor maps, kept by address."""
+        if self.config.Tiles.clears.value:
+            return [cache.k, cache.v]
+        addresses = (cache.k.data_ptr(), cache.v.data_ptr())
+        found = self.maps.get(addresses)
+        if found is None:
+            if len(self.maps) >= MAX_CACHED_ADDRESSES:
+                self.maps.clear()
+            found = self.maps[addresses] = decoder.encode(addresses, (cache.k, cache.v))
+        return found
+
+    def _prepare(self, cache: Cache, tensors: tuple, lengths: tuple):
+        """Compile (or find) the kernels for tensors aligned as these."""
         config = self.config
-        self.constants = self._numbers(new)
         kv = [cache.k, cache.v]
         if not config.Tiles.clears.value:
             kv = [
                 tensor_descriptor(x, list(x.shape), _steps(x), *box_of(config, width))
                 for x, width in ((cache.k, config.k_width), (cache.v, config.v_width))
             ]
-        tensors = (q, out, lse, o_part, l_part, counters)
-        arguments = (*kv, *tensors, pointers, cache.seqlen, *self.constants, config)
-        self.launcher = KernelLauncher(decode_attention, arguments, dict(num_warps=config.num_warps))
-        if not config.merges:
-            tensors = (out, lse, o_part, l_part)
-            arguments = (*tensors, pointers, cache.seqlen, *self.constants[:2], config)
-            self.combiner = KernelLauncher(combine_partials, arguments, dict(num_warps=4, launch_pdl=True))
+        arguments = (*kv, *tensors, *lengths, *self.constants, config)
+        decoder = KernelLauncher(decode_attention, arguments, dict(num_warps=config.num_warps))
+        if config.merges:
+            return decoder, None
+        arguments = (*tensors[1:5], *lengths, *self.constants[:2], config)
+        return decoder, KernelLauncher(combine_partials, arguments, dict(num_warps=4, launch_pdl=True))
 
 
 def _rounded(size: int) -> int:

@@ -91,6 +91,15 @@ class KernelLauncher:
         function(*grid, stream, *head, *map(_address, maps), *map(_address, tensors), *map(_address, rest))
 
 
+def misaligned(tensors: tuple) -> int:
+    """Bits, of those tensors (or None) that do not start at a multiple of 16 bytes. Kernels are compiled for
+    such a pattern."""
+    bits = 0
+    for x in tensors:
+        bits = 2 * bits + (x is not None and x.data_ptr() % 16 != 0)
+    return bits
+
+
 def _address(x):
     """Pointers as int skip a driver query each; tuples of tensors become tuples of them."""
     if isinstance(x, torch.Tensor):

@@ -163,7 +163,7 @@ def products(config: DecodeConfig) -> tuple[int, int]:
     if config.one_block:
         keys = config.tile_n // config.num_warps
         return steps * (keys // 8) + keys // 16 * (config.head_dim_v // 8), 0
-    return 0, config.halves * steps + config.tile_n // 16 * config.v_chunks
+    return 0, steps + config.tile_n // 16 * config.v_chunks
 
 
 def _report_by_name(name: str) -> tuple[str, dict]:
