@@ -36,7 +36,8 @@ def calls(draw):
     kinds = draw(st.lists(st.integers(0, most), min_size=1, max_size=6))
     lengths = tuple(random.Random(draw(st.integers(0, 99))).choices(kinds, k=batch))
     facts = dict(
-        batch=batch, capacity=max(lengths) + draw(st.integers(1, 999)), kv_heads=draw(st.sampled_from((1, 2, 3, 8, 40))),
+        batch=batch, capacity=max(lengths) + draw(st.integers(1, 999)),
+        kv_heads=draw(st.sampled_from((1, 2, 3, 8, 40))),
         group=draw(st.sampled_from((1, 4, 8, 24))), head_dim=draw(st.sampled_from((64, 128, 256))),
         tokens=draw(st.sampled_from((1, 1, 1, 4, 70))), page=draw(st.sampled_from((0, 0, 1, 16))),
         sm_margin=draw(st.sampled_from((0, 0, 5, 200))),
