@@ -72,7 +72,7 @@ def planned(lengths, facts: dict, multiprocessors: int):
 @example(call=((9000, 300, 7000), dict(batch=3, capacity=9000, tokens=1, kv_heads=2), 16))
 @example(call=((200_000,) * 300, dict(batch=300, capacity=200_000, tokens=70, kv_heads=40, page=1), 1))
 def test_programs_have_equal_shares_and_partials_have_room(call):
-    """Every tile once; nobody has more than an equal share; a result for each item, or slots for its parts."""
+    """Every tile once, nobody more than an equal share, a result for each item or slots for its parts."""
     _, facts, multiprocessors = call
     plan, policy, items = planned(*call)
     config, kv_heads = plan.config, facts["kv_heads"]
