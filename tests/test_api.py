@@ -174,6 +174,8 @@ def test_drop_in_for_flash_attn_interface():
 
 def test_public_names():
     public = {
+        "PagedKVCache",
+        "PoolExhausted",
         "__version__",
         "decode_workspace",
         "explain",

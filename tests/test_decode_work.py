@@ -4,9 +4,11 @@ Every program of a launch takes its share with the very functions of the kernel;
 every tile of keys that some row may see exactly once, and leave every partial result in a slot of its own.
 """
 
+import bisect
 import dataclasses
 import itertools
 import types
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -25,9 +27,9 @@ from tandem_attn.kernels.config import SHARED_MEMORY
 from tandem_attn.kernels.config_decode import decode_config, pieces_of_a_tile, programs_per_head, tile_rows
 from tandem_attn.kernels.launch_decode import UNBOUNDED, DecodePlan
 from tandem_attn.spec import Window
-from tandem_attn.spec_decode import Cache, DecodeSpec, New
+from tandem_attn.spec_decode import DecodeSpec
 from tandem_attn.testing.decode_inputs import make_decode
-from tandem_attn.testing.plain import DeviceInt, DType, Int64, Language, Pointer, gluon_module, load
+from tandem_attn.testing.plain import DeviceInt, DType, Int64, Language, Pointer, array, gluon_module, load
 
 PROGRAMS = 132
 POLICIES = ("SharedSplits", "CountedSplits", "SizedSplits")
@@ -100,9 +102,13 @@ def test_units_tile_an_item_once_and_in_order(name, amount, first, count, share)
 
 
 class DecodeLanguage(Language):
-    """`gl` with the types that division by constants uses."""
+    """`gl` with the types that division by constants uses, and sums up to each item."""
 
     uint32 = DType("uint32")
+
+    def associative_scan(self, x, axis, combine):
+        assert axis == 0 and combine(3, 4) == 7
+        return array(np.cumsum(x))
 
 
 class Truncating(DeviceInt):
@@ -115,8 +121,10 @@ class Truncating(DeviceInt):
         return DeviceInt(abs(int(other)) // int(self) * (1 if other >= 0 else -1))
 
 
-def device_work(mutations=None) -> dict:
-    modules = load(["device.work", "device.splits"], gluon_module(DecodeLanguage()), mutations)
+def device_work(mutations=None, more=(), gluon=None) -> dict:
+    """device/work.py, splits.py and `more`, by their last names."""
+    gluon = gluon or gluon_module(DecodeLanguage())
+    modules = load(["device.work", "device.splits", *more], gluon, mutations)
     found = {name.rpartition(".")[2]: module for name, module in modules.items()}
     for which, function in (("min", np.minimum), ("max", np.maximum)):
         plain_one = {"min": min, "max": max}[which]
@@ -206,13 +214,45 @@ def work_of(batch: Batch, functions=plain):
     return work(*(facts[field] for field in work.__annotations__))
 
 
+class Segment(NamedTuple):
+    """Tiles of an item that a program computes, and the slot of the result, -1: it is the item's."""
+
+    program: int
+    item: int
+    tile: int
+    stop: int
+    slot: int
+
+
+def shares(name: str, amount: int, items, per_head: int, kv_heads: int = 1, kv_head: int = 0):
+    """The split heuristic by itself: segments of a KV head's programs, for (first, end) tiles of items."""
+    units = [call(name, "units", amount, *tiles) for tiles in items]
+    starts = [*itertools.accumulate(units, initial=0)]
+    share = max(-(-starts[-1] // per_head), 1)
+    facts = types.SimpleNamespace(num_kv_heads=kv_heads), types.SimpleNamespace(shared=name == "SharedSplits")
+    work, found = types.SimpleNamespace(config=facts[0], splits=facts[1]), []
+    for program in range(per_head):
+        unit, stop = program * share, min((program + 1) * share, starts[-1])
+        while unit < stop:
+            item = bisect.bisect_right(starts, unit) - 1
+            first, end = items[item]
+            tile = call(name, "tile_of", amount, unit - starts[item], first, end)
+            until = call(name, "stop", amount, tile, first, end, stop - unit)
+            parts = plain["work"].parts_of(work, DeviceInt(starts[item]), units[item], share, kv_head)
+            part = program - starts[item] // share if facts[1].shared else unit - starts[item]
+            slot = int(parts.slot(DeviceInt(part))) if parts.count > 1 else -1
+            found.append(Segment(program, item, tile, until, slot))
+            unit += call(name, "used", amount, tile, until)
+    return found
+
+
 def check_launch(batch: Batch, functions=plain) -> None:
     """Walk all programs of all heads as kernels/decode.py does."""
     module, work = functions["work"], work_of(batch, functions)
     seen = work.look()
     units = work.num_units(seen)
     share = max((units + batch.per_head - 1) // batch.per_head, 1)
-    visits, slots, arrived, expected = [], {}, {}, {}
+    visits, slots, arrived, expected, walked = [], {}, {}, {}, [[] for _ in range(batch.kv_heads)]
     empty = [item for item in range(batch.items) if not batch.needed(item)]
     assert bool(work.some_empty(seen)) == bool(empty)
     for kv_head, place in itertools.product(range(batch.kv_heads), range(batch.per_head)):
@@ -234,9 +274,10 @@ def check_launch(batch: Batch, functions=plain) -> None:
             me = kv_head, int(at.item)
             expected[me] = {int(parts.slot(DeviceInt(j))) for j in range(parts.count)}
             arrived.setdefault(me, []).append(int(part))
+            slot = int(parts.slot(part)) if parts.count > 1 else -1
+            walked[kv_head].append(Segment(*map(int, (place, at.item, at.tile, at.stop, slot))))
             assert len(expected[me]) == parts.count
             if parts.count > 1:
-                slot = int(parts.slot(part))
                 assert slot not in slots, f"{me} and {slots[slot]} share slot {slot}"
                 slots[slot] = me
             else:
@@ -244,6 +285,10 @@ def check_launch(batch: Batch, functions=plain) -> None:
             going = at.left > 0
             at = module.next_segment(work, at) if going else at
     check_visits(batch, visits, slots, arrived, expected, work)
+    items = [tuple(map(int, work.tiles(DeviceInt(item), True))) for item in range(batch.items)]
+    for kv_head, segments_of_head in enumerate(walked):
+        of_splits = batch.policy, batch.amount, items
+        assert segments_of_head == shares(*of_splits, batch.per_head, batch.kv_heads, kv_head)
 
 
 def check_visits(batch: Batch, visits, slots, arrived, expected, work) -> None:
@@ -411,25 +456,6 @@ def test_the_second_kernel_takes_what_one_program_should_not_merge():
         parts = splits or -(-config.per_head // batch) + 1
         size = 4 * parts * config.rows * config.head_dim_v
         assert config.merges == (size <= config_decode.MERGE_BYTES)
-
-
-@pytest.mark.parametrize("facts", [dict(batch=70_000, kv_heads=1), dict(kv_heads=70_000, group=1)], ids=str)
-def test_grids_end_where_cuda_ends(monkeypatch, facts):
-    """All dimensions but the first stop at 65 535; nothing is launched here."""
-    plan = DecodePlan(asked(capacity=256, split_size=128, **facts))
-    assert not plan.config.merges
-    grids = []
-    noted = types.SimpleNamespace(
-        launch_flat=lambda grid, *_: grids.append(grid), encode=lambda addresses, tensors: []
-    )
-    plan.launcher = plan.combiner = noted
-    plan.constants = plan._numbers(New(None, None, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    x = torch.empty(8, device="meta")
-    plan._launch(x, Cache(x, x, x, 0, None, None, None), New(None, None, 0), x, x, x, x, x)
-    assert len(grids) == 2
-    for grid in grids:
-        assert grid[0] < 2**31 and max(grid[1:]) <= 65_535, grid
 
 
 def test_what_is_compiled_ahead_is_what_calls_ask_for():

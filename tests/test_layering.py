@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "api": {"ops", "dispatch", *LEAVES},
     "api_decode": {"api", "ops_decode", "dispatch", "reference_decode", "check_decode", *LEAVES},
     "testing": {"testing", "kernels", "device", "__init__", *LEAVES},
-    "__init__": {"api", "api_decode", "_version"},
+    "__init__": {"api", "api_decode", "cache", "_version"},
 }
 PUBLIC = {"__init__", "_version"}  # what everything above api uses, besides its own kind
 ABOVE_API = {"bench", "cache", "cli", "demo", "doctor", "__main__", "distributed", "integrations"}

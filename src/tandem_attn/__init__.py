@@ -18,8 +18,11 @@ if TYPE_CHECKING:
         get_scheduler_metadata,
         merge_attention_states,
     )
+    from tandem_attn.cache import PagedKVCache, PoolExhausted
 
 __all__ = [
+    "PagedKVCache",
+    "PoolExhausted",
     "__version__",
     "decode_workspace",
     "explain",
@@ -36,9 +39,10 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in __all__:
-        from tandem_attn import api, api_decode
+        from tandem_attn import api, api_decode, cache
 
-        globals()[name] = found = getattr(api if hasattr(api, name) else api_decode, name)
+        home = next(module for module in (api, api_decode, cache) if hasattr(module, name))
+        globals()[name] = found = getattr(home, name)
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -76,8 +76,11 @@ def flash_attn_with_kvcache(
     cache_seqlens    int or (batch,): keys in the cache before this call; None: as many as there is room for
     cache_leftpad    (batch,): keys in slots before this are not seen; slots and positions stay what they are
     causal, window_size     query i sits on key keys - seqlen_q + i: both end together, new keys included
-    num_splits, split_size  0: what is best; 1 to 256; or the keys of a split. They change rounding only
+    num_splits       0: what is best; or 1 to 256, at most so many splits of the keys. Changes rounding only
+    split_size       keys of a split: bounds at its multiples, so that the bits of a sequence's result do not
+                     depend on the batch it is in, only on its numbers and on max_seqlen_q (or seqlen_q)
     pack_gqa         no effect: heads that share keys are always read together
+    scheduler_metadata      no effect: see `get_scheduler_metadata`
     out, workspace   memory for the result, apart from the inputs, and what `decode_workspace` returned
     The others       as in `flash_attn_func`
 
@@ -187,10 +190,15 @@ def get_scheduler_metadata(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
 ) -> torch.Tensor:
-    """What `flash_attn_with_kvcache` takes as scheduler_metadata: an aid that it may do without.
+    """What `flash_attn_with_kvcache` takes as scheduler_metadata, so that callers of FlashAttention-3 run as
+    they are. It changes neither results nor speed.
+
+    FlashAttention-3 decides here, in a launch of its own, how many splits each sequence gets. Our kernels
+    need no such launch: a program finds its share from the lengths as it starts (docs/kernels/decode.md).
 
     The arguments are those of the call, in numbers; cache_seqlens (batch,) int32 says on which device.
-    Returns int32 (4,): version, batch_size, num_splits, sm_margin. Nothing waits for the device.
+    Returns int32 (4,): version, batch_size, num_splits, sm_margin. Nothing waits for the device. Raises
+    TypeError or ValueError for numbers that no call could have.
     """
     sizes = dict(batch_size=batch_size, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     heads = dict(num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, headdim=headdim)

@@ -23,7 +23,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class PoolExhausted(RuntimeError):
-    """Not enough free pages (or sequence slots): `needed` and `free` count `what`. Nothing was changed."""
+    """A `PagedKVCache` has not enough free pages (or sequence slots): `needed` and `free` count `what`.
+    Nothing was changed."""
 
     def __init__(self, needed: int, free: int, what: str = "pages") -> None:
         super().__init__(needed, free, what)

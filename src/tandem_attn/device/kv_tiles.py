@@ -5,8 +5,8 @@ holds up to four, a power of two of at least 8 keys each: a tile is then made of
 made of chunks of 64 columns, so that the pieces of a chunk lie one after the other as its rows.)
 `GatheredTiles`: asynchronous copies of 16 bytes, for pages of any size.
 
-No entry of a page table past the end of a sequence is read. Rows past the end hold zeros (gathered) or
-whatever is in the cache (loaded): their V must be cleared.
+No entry of a page table past the end of a sequence is read, nor one whose keys lie all before its padding.
+Rows past the end hold zeros (gathered) or whatever is in the cache (loaded): their V must be cleared.
 """
 
 from tandem_attn.device.gluon import (
@@ -80,6 +80,8 @@ class LoadedTiles:
             for p in gl.static_range(self.config.pieces):
                 row = n0 + p * self.config.piece_rows
                 there = valid & (row < at.length)
+                if self.config.has_leftpad:
+                    there = there & (row + self.config.piece_rows > at.pad)
                 entry = (
                     self.page_table
                     + at.batch.to(gl.int64) * self.table_stride
@@ -191,6 +193,8 @@ class GatheredTiles:
     @gluon.jit
     def wait(self, it):
         async_copy.wait_group(self.config.num_stages - 2)
+        if not self.config.one_block:
+            fence_async_shared()  # wgmma reads through another proxy than these copies write
 
     @gluon.jit
     def emptied(self):

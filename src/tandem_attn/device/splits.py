@@ -76,8 +76,11 @@ class CountedSplits:
 
 @policy(absolute=True, shared=False)
 class SizedSplits:
-    """A unit is `amount` tiles and begins at a multiple of them: split_size. A row's result depends on
-    nothing but its own sequence."""
+    """A unit is `amount` tiles and begins at a multiple of them: split_size.
+
+    A row's result depends on nothing but its own sequence, and on the kind of tile: on how many queries a
+    sequence may have.
+    """
 
     amount: gl.tensor
 

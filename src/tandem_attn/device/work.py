@@ -55,11 +55,11 @@ class Work:
         """Keys of sequences b, in absolute slots; never beyond the cache."""
         n = b * 0 + (self.seqlen + self.seqlen_new)
         if self.config.has_seqlens:
-            n = gl.load(self.seqlens + b, mask=mask, other=0) + self.seqlen_new
+            n = gl.maximum(gl.load(self.seqlens + b, mask=mask, other=0), 0) + self.seqlen_new
         if self.config.packed_new:
             start = gl.load(self.cu_seqlens_new + b, mask=mask, other=0)
-            n += gl.load(self.cu_seqlens_new + b + 1, mask=mask, other=0) - start
-        return gl.minimum(gl.maximum(n, 0), self.capacity)
+            n += gl.maximum(gl.load(self.cu_seqlens_new + b + 1, mask=mask, other=0) - start, 0)
+        return gl.minimum(n, self.capacity)
 
     @gluon.jit
     def pad(self, b, mask):

@@ -119,7 +119,7 @@ class Facts:
     def length(self, b):
         """Keys of sequence b before this call."""
         if self.config.has_seqlens:
-            return gl.load(self.seqlens + b)
+            return gl.maximum(gl.load(self.seqlens + b), 0)
         else:
             return self.seqlen
 

@@ -1,8 +1,8 @@
 """The second kernel of Flash-Decoding: merge what the programs of `decode_attention` left of an item.
 
-Used where there is more than one program should merge alone. A program takes one row of an item and all
-partials of it at once, so that their loads are in flight together; where rows are many, a few of them. Launched early (programmatic dependent
-launch): it looks the work up while the decode kernel still runs, then waits for it.
+Used where there is more than one program should merge alone. A program takes one row of an item (where rows
+are many, a few) and many partials of it at once, so that their loads are in flight together. Launched early
+(programmatic dependent launch): it looks the work up while the decode kernel still runs, then waits for it.
 """
 
 from tandem_attn.device.gluon import gdc_wait, gl, gluon

@@ -346,10 +346,10 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
     stage = 2 * tile_n * (head_dim + head_dim_v)
     pieces = pieces_of_a_tile(spec.page_size, tile_n)
     num_stages = max(2, 96 * 1024 // stage)
+    residents = 2 if pieces is None and num_warps <= 4 else 1  # 8 warps take more than half of the registers
     if kind is WarpRows and pieces:
         kind, num_warps = GroupRows, 4
         num_stages = max(2, min(6, (SHARED_MEMORY - 2048 - 2 * tile_m * head_dim) // stage))
-    residents = 2 if pieces is None else 1
     rows = min(tile_m, spec.seqlen_q * spec.group_size)
     items = spec.batch * blocks_of_rows(spec)
     absolute = spec.split_size is not None

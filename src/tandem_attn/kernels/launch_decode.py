@@ -55,7 +55,9 @@ def decode_reasons(spec: DecodeSpec) -> list[str]:
 
 def decode_describe(spec: DecodeSpec) -> str:
     """One line for explain(): the configuration chosen."""
-    return str(DecodePlan(spec).config)
+    plan = DecodePlan(spec)
+    merge = "the last of them merges" if plan.config.merges else "a second kernel merges"
+    return f"{plan.config}, {plan.programs} programs, {merge}"
 
 
 def append_reasons(spec: AppendSpec) -> list[str]:

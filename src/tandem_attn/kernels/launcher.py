@@ -92,7 +92,8 @@ class KernelLauncher:
 
 
 def misaligned(tensors: tuple) -> int:
-    """Bits of the tensors (or None) that do not start at a multiple of 16 bytes: a kernel is compiled for that."""
+    """Bits, of those tensors (or None) that do not start at a multiple of 16 bytes. Kernels are compiled for
+    such a pattern."""
     bits = 0
     for x in tensors:
         bits = 2 * bits + (x is not None and x.data_ptr() % 16 != 0)
