@@ -78,6 +78,8 @@ class DecodeConfig:
     merges: bool = True  # the last program of an item merges its partials; else a second kernel does
     parts_at_once: int = 16  # partials that a look of the merge takes in
     same_strides: bool = False  # of K and V
+    warms: bool = False  # descriptors are fetched while lengths are
+    chained: bool = False  # a launch begins before the kernel before has ended
     one_look: bool = True  # at all items
     residents: int = 1  # programs of a multiprocessor: two hide each other's waits where one cannot
 

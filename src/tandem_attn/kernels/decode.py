@@ -15,6 +15,7 @@ Why each of these is so, and what it measured: docs/kernels/decode.md.
 from tandem_attn.device.decode_rows import Rows
 from tandem_attn.device.gluon import (
     gdc_launch_dependents,
+    gdc_wait,
     gl,
     gluon,
     mbarrier,
@@ -121,7 +122,9 @@ def _make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl
             k, v, k_smem, v_smem, page_table, stride, batch_idx, head, k_strides, v_strides, config
         )
     else:
-        full = gl.allocate_shared_memory(gl.int64, [config.num_stages, 1], mbarrier.MBarrierLayout())
+        full = gl.allocate_shared_memory(
+            gl.int64, [config.num_stages + config.warms, 1], mbarrier.MBarrierLayout()
+        )
         return config.Tiles(k, v, k_smem, v_smem, full, page_table, stride, batch_idx, head, config)
 
 
@@ -176,6 +179,8 @@ def decode_attention(
     scratch = _make_scratch(c)
     rows_kind = c.RowKind(c)
     tiles.start()
+    if c.chained:
+        gdc_wait()  # nothing that a kernel before wrote is looked at before it has ended
 
     seen = work.look()
     units = work.num_units(seen)
@@ -194,6 +199,7 @@ def decode_attention(
         places = tiles.locate(ahead, valid)
     if work.some_empty(seen):
         empty_items(work, results, place, c.per_head, c)
+    tiles.started()
     it = unit * 0
     going = count > 0
     while going:
@@ -218,7 +224,7 @@ def decode_attention(
             n0 = tile * c.tile_n
             state = rows_kind.attend(q, tiles, it % c.num_stages, state, rows, n0, scales[0], scales[1])
             it += 1
-        if not c.merges:  # noqa: SIM102 (one is known when compiling)
+        if c.chained or not c.merges:  # noqa: SIM102 (one is known when compiling)
             if at.left == 0:
                 gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
         x, lse = rows_kind.finish(state, tiles, scratch, (it - 1) % c.num_stages)

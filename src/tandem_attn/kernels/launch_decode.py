@@ -103,7 +103,8 @@ def kernel_of(config: DecodeConfig):
 
 def options_of(config: DecodeConfig) -> dict:
     """How it is compiled and launched."""
-    return dict(num_warps=config.num_warps) | ({"maxnreg": 168} if config.num_groups == 2 else {})
+    options = dict(num_warps=config.num_warps, launch_pdl=config.chained)
+    return options | ({"maxnreg": 168} if config.num_groups == 2 else {})
 
 
 _counters: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream
