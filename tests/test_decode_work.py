@@ -460,8 +460,8 @@ def test_the_second_kernel_takes_what_one_program_should_not_merge():
 
 def test_what_is_compiled_ahead_is_what_calls_ask_for():
     """tests/decode_cases.py knows the questions of its cases without their memory."""
-    for case in ALL:
-        if case.batch > 5 or case.capacity > 2000:
+    for case in {spec_of(case): case for case in ALL}.values():
+        if case.batch > 5 or case.capacity > 2000 or case.kv_heads > 100:
             continue
         inputs = make_decode(case)
         real = tandem_attn.explain_with_kvcache(**inputs.tensors, **inputs.options).spec
