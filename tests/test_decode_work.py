@@ -6,6 +6,7 @@ every tile of keys that some row may see exactly once, and leave every partial r
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import types
 from typing import NamedTuple
@@ -44,10 +45,17 @@ def hopper(monkeypatch):
 # The policies, through .fn on plain ints
 
 
+@functools.cache
+def plain_policy(name: str) -> type:
+    """A policy whose methods are plain functions, which call each other."""
+    return type(name, (), {k: x.fn for k, x in vars(getattr(real_splits, name)).items() if hasattr(x, "fn")})
+
+
 def call(name: str, method: str, amount: int, *numbers: int) -> int:
     """A method of a policy, as Python runs it."""
-    function = getattr(getattr(real_splits, name), method).fn
-    return function(types.SimpleNamespace(amount=amount), *numbers)
+    policy = plain_policy(name)()
+    policy.amount = amount
+    return getattr(policy, method)(*numbers)
 
 
 def segments(name: str, amount: int, first: int, end: int, share: int) -> list[tuple[int, int, int, int]]:
