@@ -36,7 +36,7 @@ def calls(draw):
     kinds = draw(st.lists(st.integers(0, most), min_size=1, max_size=6))
     lengths = tuple(random.Random(draw(st.integers(0, 99))).choices(kinds, k=batch))
     facts = dict(
-        batch=batch, capacity=max(lengths) + draw(st.integers(1, 999)),
+        batch=batch, capacity=max(1, *lengths) + draw(st.sampled_from((0, 0, 999))),
         kv_heads=draw(st.sampled_from((1, 2, 3, 8, 40))),
         group=draw(st.sampled_from((1, 4, 8, 24))), head_dim=draw(st.sampled_from((64, 128, 256))),
         tokens=draw(st.sampled_from((1, 1, 1, 4, 70))), page=draw(st.sampled_from((0, 0, 1, 16))),
@@ -70,6 +70,7 @@ def planned(lengths, facts: dict, multiprocessors: int):
 @settings(max_examples=150)
 @example(call=((200_000,), dict(batch=1, capacity=200_000, tokens=1, kv_heads=1), 132))
 @example(call=((9000, 300, 7000), dict(batch=3, capacity=9000, tokens=1, kv_heads=2), 16))
+@example(call=((1100,) * 3, dict(batch=3, capacity=1100, tokens=1, kv_heads=2, split_size=512), 16))
 @example(call=((200_000,) * 300, dict(batch=300, capacity=200_000, tokens=70, kv_heads=40, page=1), 1))
 def test_programs_have_equal_shares_and_partials_have_room(call):
     """Every tile once, nobody more than an equal share, a result for each item or slots for its parts."""

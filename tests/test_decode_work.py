@@ -6,6 +6,7 @@ every tile of keys that some row may see exactly once, and leave every partial r
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import types
 from typing import NamedTuple
@@ -44,10 +45,17 @@ def hopper(monkeypatch):
 # The policies, through .fn on plain ints
 
 
+@functools.cache
+def plain_policy(name: str) -> type:
+    """A policy whose methods are plain functions, which call each other."""
+    return type(name, (), {k: x.fn for k, x in vars(getattr(real_splits, name)).items() if hasattr(x, "fn")})
+
+
 def call(name: str, method: str, amount: int, *numbers: int) -> int:
     """A method of a policy, as Python runs it."""
-    function = getattr(getattr(real_splits, name), method).fn
-    return function(types.SimpleNamespace(amount=amount), *numbers)
+    policy = plain_policy(name)()
+    policy.amount = amount
+    return getattr(policy, method)(*numbers)
 
 
 def segments(name: str, amount: int, first: int, end: int, share: int) -> list[tuple[int, int, int, int]]:
@@ -460,8 +468,8 @@ def test_the_second_kernel_takes_what_one_program_should_not_merge():
 
 def test_what_is_compiled_ahead_is_what_calls_ask_for():
     """tests/decode_cases.py knows the questions of its cases without their memory."""
-    for case in ALL:
-        if case.batch > 5 or case.capacity > 2000:
+    for case in {spec_of(case): case for case in ALL}.values():
+        if case.batch > 5 or case.capacity > 2000 or case.kv_heads > 100:
             continue
         inputs = make_decode(case)
         real = tandem_attn.explain_with_kvcache(**inputs.tensors, **inputs.options).spec

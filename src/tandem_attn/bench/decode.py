@@ -163,9 +163,5 @@ def measure_provider(provider: Provider, oracle: DecodeOracle, calls: int, setti
         return {"reason": reason_of(error)}
     return {
         "label": call.label,
-        "median_us": timing.median * 1e6,
-        "fastest_us": timing.fastest * 1e6,
-        "slowest_us": timing.slowest * 1e6,
-        "launches": timing.launches,
-        "sm_clock_mhz": timing.sm_clock_mhz,
+        **timing.record(),
     }

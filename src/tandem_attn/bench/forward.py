@@ -99,11 +99,7 @@ def measure_provider(provider: Provider, one: BenchCase, oracle: check.Oracle, s
     result = {
         "label": call.label,
         "same_question": call.same_question,
-        "median_us": timing.median * 1e6,
-        "fastest_us": timing.fastest * 1e6,
-        "slowest_us": timing.slowest * 1e6,
-        "launches": timing.launches,
-        "sm_clock_mhz": timing.sm_clock_mhz,
+        **timing.record(),
     }
     if call.same_question:  # other work has other operations
         result["tflops"] = one.flops / timing.median / 1e12

@@ -131,11 +131,7 @@ def measure_decoder(
     return {
         "label": label,
         "tokens_per_second": 1 / timing.median,
-        "median_us": timing.median * 1e6,
-        "fastest_us": timing.fastest * 1e6,
-        "slowest_us": timing.slowest * 1e6,
-        "launches": timing.launches,
-        "sm_clock_mhz": timing.sm_clock_mhz,
+        **timing.record(),
     }
 
 

@@ -29,6 +29,16 @@ class Timing:
     launches: int
     sm_clock_mhz: float | None = None  # right after the launches
 
+    def record(self) -> dict:
+        """As reports have it."""
+        return {
+            "median_us": self.median * 1e6,
+            "fastest_us": self.fastest * 1e6,
+            "slowest_us": self.slowest * 1e6,
+            "launches": self.launches,
+            "sm_clock_mhz": self.sm_clock_mhz,
+        }
+
 
 def time_call(run: Callable[[], object], device: torch.device, repeats: int, idle_ms: float) -> Timing:
     """Median of `repeats` launches after warm-up. The card first idles for `idle_ms`, the same for everyone:

@@ -52,18 +52,22 @@ class CountedSplits:
     amount: gl.tensor
 
     @gluon.jit
+    def size(self, first, end):
+        """Tiles of a unit."""
+        return max((end - first + self.amount - 1) // self.amount, 1)
+
+    @gluon.jit
     def units(self, first, end):
-        size = max((end - first + self.amount - 1) // self.amount, 1)
+        size = self.size(first, end)
         return (end - first + size - 1) // size
 
     @gluon.jit
     def tile_of(self, unit, first, end):
-        return first + unit * max((end - first + self.amount - 1) // self.amount, 1)
+        return first + unit * self.size(first, end)
 
     @gluon.jit
     def stop(self, tile, first, end, left):
-        size = max((end - first + self.amount - 1) // self.amount, 1)
-        return min(end, tile + size)
+        return min(end, tile + self.size(first, end))
 
     @gluon.jit
     def used(self, tile, stop):
@@ -71,7 +75,7 @@ class CountedSplits:
 
     @gluon.jit
     def unit_of(self, tile, first, end):
-        return (tile - first) // max((end - first + self.amount - 1) // self.amount, 1)
+        return (tile - first) // self.size(first, end)
 
 
 @policy(absolute=True, shared=False)

@@ -7,25 +7,21 @@ cache is not written.
 """
 
 import dataclasses
-import hashlib
-import pathlib
-from functools import cached_property
 
 import torch
 
 from tandem_attn.device.gluon import aggregate, gl, gluon
-from tandem_attn.kernels.config import Static
+from tandem_attn.kernels.config import KernelConfig
 from tandem_attn.kernels.config_decode import power_of_two
 from tandem_attn.kernels.launcher import KernelLauncher, misaligned
 from tandem_attn.spec_decode import AppendSpec, Cache, New
 
-_SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
 ELEMENTS_AT_ONCE = 2048  # of a program: 16 for each of 128 threads
 SEQUENCES_AT_ONCE = 1024  # of packed ones, in the search for a token's
 
 
 @dataclasses.dataclass(frozen=True)
-class AppendConfig:
+class AppendConfig(KernelConfig):
     """Compile-time facts of the append kernel."""
 
     columns: int  # of K, and of V
@@ -44,18 +40,9 @@ class AppendConfig:
     page_size: int
 
     @property
-    def static(self) -> Static:
-        return Static(self)
-
-    @property
     def layout(self):
         across = self.width // 8
         return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
-
-    @cached_property
-    def cache_key(self) -> str:
-        """What Triton's disk cache knows this value by: see ForwardConfig."""
-        return f"{self!r} {_SOURCE_DIGEST}"
 
 
 def append_config(spec: AppendSpec) -> AppendConfig:

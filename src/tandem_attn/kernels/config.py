@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from functools import cached_property
+import sys
+from functools import cache, cached_property
 
 import torch
 
@@ -19,7 +20,6 @@ from tandem_attn.device.schedule import DenseTiles, PlainTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.spec import AttentionSpec
 
-_SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
 SHARED_MEMORY = 227 * 1024  # what a Hopper block may use, bytes
@@ -42,7 +42,7 @@ class Static:
     """A config as device code reads it: every attribute is a gl.constexpr, fit for shapes, layouts and
     ranges."""
 
-    def __init__(self, config: ForwardConfig):
+    def __init__(self, config: KernelConfig):
         self._config = config
 
     def __getattr__(self, name: str):
@@ -58,8 +58,31 @@ class Static:
         return repr(self._config)
 
 
+class KernelConfig:
+    """What the configs of all kernels have: frozen dataclasses, which kernels take as a constexpr."""
+
+    @property
+    def static(self) -> Static:
+        return Static(self)
+
+    @cached_property
+    def cache_key(self) -> str:
+        """What Triton's disk cache knows this value by: all fields, and the files that derive from them.
+
+        Without it Triton would use str(), and neither an edited property nor an omitted field would count.
+        """
+        return f"{self!r} {_digest_of_sources(type(self))}"
+
+
+@cache
+def _digest_of_sources(cls: type) -> str:
+    """Of the files that a config class and its bases stand in."""
+    files = {sys.modules[base.__module__].__file__ for base in cls.__mro__ if base is not object}
+    return hashlib.sha256(b"".join(pathlib.Path(x).read_bytes() for x in sorted(files))).hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
-class ForwardConfig:
+class ForwardConfig(KernelConfig):
     """Compile-time facts of the forward kernel. Validated here and nowhere else."""
 
     element: str  # "bf16" or "fp16"
@@ -104,10 +127,6 @@ class ForwardConfig:
             raise ValueError(f"named_release with {self.num_stages} stages: hardware barriers are for 2")
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
-
-    @property
-    def static(self) -> Static:
-        return Static(self)
 
     @property
     def dtype(self):
@@ -192,14 +211,6 @@ class ForwardConfig:
     def worker_registers(self) -> list[int]:
         """Registers of the partitions after the first, which gets what is left; multiples of 8."""
         return [240, 24] if self.num_consumers == 2 else [160, 160, 32]
-
-    @cached_property
-    def cache_key(self) -> str:
-        """What Triton's disk cache knows this value by: all fields, and this file, which derives from them.
-
-        Without it Triton would use str(), and neither an edited property nor an omitted field would count.
-        """
-        return f"{self!r} {_SOURCE_DIGEST}"
 
     def __str__(self) -> str:
         tile = f"{self.num_consumers}x{self.tile_m} rows x {self.tile_n} keys"

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import pathlib
 from functools import cached_property
 
 import torch
@@ -17,10 +15,9 @@ from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.gluon import gl
 from tandem_attn.device.kv_tiles import GatheredTiles, LoadedTiles
 from tandem_attn.device.splits import CountedSplits, SharedSplits, SizedSplits
-from tandem_attn.kernels.config import SHARED_MEMORY, Static
+from tandem_attn.kernels.config import SHARED_MEMORY, KernelConfig
 from tandem_attn.spec_decode import DecodeSpec
 
-_SOURCE_DIGEST = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
 TILE_WIDTHS = (64, 128, 256)  # columns of a tile: TMA fills what a head has not with zeros
 MAX_ITEMS_AT_ONCE = 1024
 MERGE_BYTES = 64 * 1024  # partials of an item that its last program merges; more are left to a second kernel
@@ -43,7 +40,7 @@ def power_of_two(n: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(KernelConfig):
     """Compile-time facts of the decode and combine kernels. Validated here and nowhere else."""
 
     element: str  # "bf16" or "fp16"
@@ -102,10 +99,6 @@ class DecodeConfig:
             raise ValueError(f"num_stages={self.num_stages}: at least 2")
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
-
-    @property
-    def static(self) -> Static:
-        return Static(self)
 
     @property
     def dtype(self):
@@ -291,11 +284,6 @@ class DecodeConfig:
         """Bytes of tiles and scratch, barriers not counted."""
         kv = self.num_stages * self.tile_n * (self.head_dim + self.head_dim_v)
         return 2 * (kv + self.tile_m * self.head_dim) + self.scratch_bytes
-
-    @cached_property
-    def cache_key(self) -> str:
-        """What Triton's disk cache knows this value by: see ForwardConfig."""
-        return f"{self!r} {_SOURCE_DIGEST}"
 
     def __str__(self) -> str:
         fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
