@@ -88,7 +88,7 @@ def chunk_of(smem, stage, c: gl.constexpr, chunks: gl.constexpr, width: gl.const
     if config.pieces == 1:
         return smem.index(stage * chunks + c)
     else:
-        shape: gl.constexpr = [config.num_stages * chunks, config.tile_n, width]
+        shape: gl.constexpr = [config.stages_held * chunks, config.tile_n, width]
         layout: gl.constexpr = config.tile_layout(width)
         return reinterpreted(smem, smem.dtype, shape, layout).index(stage * chunks + c)
 

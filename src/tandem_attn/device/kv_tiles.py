@@ -59,25 +59,9 @@ class LoadedTiles:
     @gluon.jit
     def start(self):
         """Before the first copy."""
-        for s in gl.static_range(self.config.num_stages + self.config.warms):
+        for s in gl.static_range(self.config.num_stages):
             mbarrier.init(self.full.index(s), count=1)
         fence_async_shared()
-        if self.config.warms:
-            # A load of nothing (past the end of a sequence), into the stage that is filled last: by the time
-            # the lengths are known, the descriptors are there too.
-            bar = self.full.index(self.config.num_stages)
-            last: gl.constexpr = self.config.num_stages - 1
-            to_k = self.k_smem.index(last * self.config.k_chunks * self.config.pieces)
-            to_v = self.v_smem.index(last * self.config.v_chunks * self.config.pieces)
-            mbarrier.expect(bar, self.k.block_type.nbytes + self.v.block_type.nbytes)
-            tma_load(self.k, [0, 1073741824, 0, 0], bar, to_k.reshape(self.k.block_type.shape))
-            tma_load(self.v, [0, 1073741824, 0, 0], bar, to_v.reshape(self.v.block_type.shape))
-
-    @gluon.jit
-    def started(self):
-        """After the first copies, before the last stage is filled."""
-        if self.config.warms:
-            mbarrier.wait(self.full.index(self.config.num_stages), 0)
 
     @gluon.jit
     def locate(self, at, valid):
@@ -155,10 +139,6 @@ class GatheredTiles:
 
     @gluon.jit
     def start(self):
-        pass
-
-    @gluon.jit
-    def started(self):
         pass
 
     @gluon.jit

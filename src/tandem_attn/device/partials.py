@@ -100,13 +100,16 @@ def merged_columns(
     row_max = gl.full([rows], float("-inf"), gl.float32, of_row)
     row_sum = gl.zeros([rows], gl.float32, of_row)
     o = gl.zeros([rows, width], gl.float32, of_x)
+    i = gl.arange(0, at_once, gl.SliceLayout(1, by_part))
     for start in range(0, parts.count, at_once):
-        j = start + gl.arange(0, at_once, gl.SliceLayout(1, by_part))
-        at = parts.slot(j).to(gl.int64)[:, None] * config.rows + r[None, :]
-        there = (j < parts.count)[:, None] & keep[None, :]
-        e = gl.load(results.l_part + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        slot, more = parts.slots(start, i)
+        of_lse = slot * config.rows + (more * config.rows)[:, None] + r[None, :]
+        size: gl.constexpr = config.rows * config.head_dim_v
+        of_o = slot * size + (more * size)[:, None] + (r * config.head_dim_v)[None, :]
+        there = (start + i < parts.count)[:, None] & keep[None, :]
+        e = gl.load(results.l_part + of_lse, mask=there, other=float("-inf"), cache_modifier=".cg")
         x = gl.load(
-            results.o_part + (at * config.head_dim_v)[:, :, None] + columns[None, None, :],
+            results.o_part + of_o[:, :, None] + columns[None, None, :],
             mask=there[:, :, None],
             other=0.0,
             cache_modifier=".cg",

@@ -258,7 +258,7 @@ class Parts:
 
     count: gl.tensor
     first: gl.tensor
-    step: gl.tensor
+    step: gl.constexpr
     bonus: gl.constexpr
 
     @gluon.jit
@@ -267,6 +267,15 @@ class Parts:
             return self.first + j * self.step + gl.where(j == 0, 1, 0)
         else:
             return self.first + j * self.step
+
+    @gluon.jit
+    def slots(self, start, i):
+        """Of the parts start + i, int64: (one number, what to add for i). Where the compiler knows i, the
+        second ends up in load instructions, and costs nothing."""
+        more = i.to(gl.int64) * self.step
+        if self.bonus:
+            more += gl.where((i == 0) & (start == 0), 1, 0)
+        return (self.first + start * self.step).to(gl.int64), more
 
 
 @gluon.jit
@@ -280,6 +289,6 @@ def parts_of(work, before, units, share, kv_head):
     if work.splits.shared:
         c = before // share
         count = (before + units - 1) // share - c + 1
-        return Parts(count, 2 * (c * num_kv_heads + kv_head), gl.to_tensor(2 * num_kv_heads), True)
+        return Parts(count, 2 * (c * num_kv_heads + kv_head), 2 * num_kv_heads, True)
     else:
-        return Parts(units, before * num_kv_heads + kv_head, gl.to_tensor(num_kv_heads), False)
+        return Parts(units, before * num_kv_heads + kv_head, num_kv_heads, False)

@@ -5,7 +5,7 @@ are many, a few) and many partials of it at once, so that their loads are in fli
 (programmatic dependent launch): it looks the work up while the decode kernel still runs, then waits for it.
 """
 
-from tandem_attn.device.gluon import gdc_wait, gl, gluon
+from tandem_attn.device.gluon import gdc_launch_dependents, gdc_wait, gl, gluon
 from tandem_attn.device.partials import Results, store_merged_block
 from tandem_attn.device.work import parts_of
 from tandem_attn.kernels.decode import make_work
@@ -39,6 +39,7 @@ def combine_partials(
     parts = parts_of(work, work.units_before(item), work.splits.units(first, end), share, kv_head)
     results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
     gdc_wait()
+    gdc_launch_dependents()
     if (first < end) & (parts.count > 1):
         row0 = block * c.combine_rows
         column = gl.program_id(1) * c.combine_width

@@ -26,6 +26,8 @@ MAX_KNOWN_TOKENS = 16  # queries of a sequence up to which kernels are compiled 
 MAX_PIECES = (
     4  # more, and starting their loads takes longer than gathering (8: 0.61 of contiguous; H200, 2026-11-25)
 )
+SHARED_MEMORY_OF_ALL = 228 * 1024  # of a multiprocessor, bytes
+BLOCK_RESERVED = 1024  # of it, in every block
 PIECE_ROWS = 8  # at least: the unit in which shared memory is swizzled
 
 
@@ -75,8 +77,6 @@ class DecodeConfig(KernelConfig):
     merges: bool = True  # the last program of an item merges its partials; else a second kernel does
     parts_at_once: int = 16  # partials that a look of the merge takes in
     same_strides: bool = False  # of K and V
-    warms: bool = False  # descriptors are fetched while lengths are
-    chained: bool = False  # a launch begins before the kernel before has ended
     one_look: bool = True  # at all items
     residents: int = 1  # programs of a multiprocessor: two hide each other's waits where one cannot
 
@@ -256,7 +256,7 @@ class DecodeConfig(KernelConfig):
 
     @property
     def scratch_in_stages(self) -> list[int]:
-        return [self.num_stages * self.scratch_fits, *self.scratch_shape]
+        return [self.stages_held * self.scratch_fits, *self.scratch_shape]
 
     @property
     def scratch_layout(self):
@@ -279,11 +279,26 @@ class DecodeConfig(KernelConfig):
         """Columns that a program of the second kernel merges: few where partials are many."""
         return min(self.head_dim_v, max(32, 8192 // (self.parts_at_once * self.combine_rows)))
 
+    @property
+    def stage_bytes(self) -> int:
+        return 2 * self.tile_n * (self.head_dim + self.head_dim_v)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of Q and scratch."""
+        return 2 * self.tile_m * self.head_dim + self.scratch_bytes
+
+    @property
+    def stages_held(self) -> int:
+        """Stages that there is memory for: as many as keep one program more than `residents` off a
+        multiprocessor. Programs of the next launch, which come early, are then spread as evenly as these."""
+        least = SHARED_MEMORY_OF_ALL // (self.residents + 1) - BLOCK_RESERVED + 1
+        return max(self.num_stages, -(-(least - self.fixed_bytes) // self.stage_bytes))
+
     @cached_property
     def shared_memory(self) -> int:
         """Bytes of tiles and scratch, barriers not counted."""
-        kv = self.num_stages * self.tile_n * (self.head_dim + self.head_dim_v)
-        return 2 * (kv + self.tile_m * self.head_dim) + self.scratch_bytes
+        return self.stages_held * self.stage_bytes + self.fixed_bytes
 
     def __str__(self) -> str:
         fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
@@ -332,14 +347,13 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         tile_n = {64: 128, 128: 64, 256: 32}[widest]
     else:
         kind, num_warps = WarpRows, tile_m // 16
-        tile_n = {64: 128, 128: 64 if tile_m == 64 else 128, 256: 64}[widest]
+        tile_n = {64: 128, 128: 64, 256: 64}[widest]
     stage = 2 * tile_n * (head_dim + head_dim_v)
     pieces = pieces_of_a_tile(spec.page_size, tile_n)
     num_stages = max(2, 96 * 1024 // stage)
     residents = 2 if pieces is None and num_warps <= 4 else 1  # 8 warps take more than half of the registers
-    if kind is WarpRows and pieces:
+    if pieces and (tile_m == 128 or (tile_m == 64 and widest == 64)):
         kind, num_warps = GroupRows, 4
-        num_stages = max(2, min(6, (SHARED_MEMORY - 2048 - 2 * tile_m * head_dim) // stage))
     rows = min(tile_m, spec.seqlen_q * spec.group_size)
     items = spec.batch * blocks_of_rows(spec)
     absolute = spec.split_size is not None
@@ -379,7 +393,7 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         # a thread merges 4 columns of a row: no fewer rows than give every thread some, nor than are swizzled
         spread = num_warps * 32 // min(32, config.v_width // 4)
         config = dataclasses.replace(config, rows_stored=min(16, max(4, spread, power_of_two(rows))))
-    if 2 * (config.shared_memory + 1200) > 228 * 1024:
+    if 2 * (config.shared_memory + BLOCK_RESERVED + 200) > SHARED_MEMORY_OF_ALL:
         config = dataclasses.replace(config, residents=1)
     per_head = programs_per_head(spec.num_kv_heads, config.residents * multiprocessors)
     parts = -(-per_head // max(1, items)) + 1
@@ -390,7 +404,8 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
     if not merges:
         at_once = 16 if absolute else max(16, min(256, power_of_two(parts)))
     elif kind is WarpKeys:
-        at_once = max(1, min(16, 64 * 32 * num_warps // (config.rows_stored * head_dim_v)))
+        room = 64 * 32 * num_warps // (config.rows_stored * head_dim_v)  # 64 registers of a thread
+        at_once = max(1, min(16, power_of_two(parts), room))
     else:
         at_once = 1
     return dataclasses.replace(config, per_head=per_head, merges=merges, parts_at_once=at_once)

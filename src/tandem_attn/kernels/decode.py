@@ -26,8 +26,8 @@ from tandem_attn.device.work import Cursor, Work, first_segment, next_segment, p
 
 
 @gluon.jit
-def load_q(q_ptr, q_smem, work, kv_head, item, strides, group: gl.constexpr, config: gl.constexpr):
-    """The packed rows of a group of an item; zeros in rows and columns that do not exist."""
+def load_q(q_ptr, work, kv_head, item, strides, group: gl.constexpr, config: gl.constexpr):
+    """The packed rows of a group of an item, by chunks of columns; zeros in what does not exist."""
     width: gl.constexpr = config.k_width
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [config.num_warps, 1], [1, 0])
     batch, row = work.place(item)
@@ -42,11 +42,19 @@ def load_q(q_ptr, q_smem, work, kv_head, item, strides, group: gl.constexpr, con
     else:
         base = batch.to(gl.int64) * strides[0] + token.to(gl.int64) * strides[1]
     base += head.to(gl.int64) * strides[2]
+    q = ()
     for c in gl.static_range(config.k_chunks):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
         keep = there[:, None] & (columns < config.columns)[None, :]
-        x = gl.load(q_ptr + (base * 8)[:, None] + columns[None, :], mask=keep, other=0.0)
-        q_smem.index(group * config.k_chunks + c).store(x)
+        q = q + (gl.load(q_ptr + (base * 8)[:, None] + columns[None, :], mask=keep, other=0.0),)
+    return q
+
+
+@gluon.jit
+def keep_q(q, q_smem, group: gl.constexpr, config: gl.constexpr):
+    """Put what load_q() gave where the tensor cores, or other warps, find it."""
+    for c in gl.static_range(config.k_chunks):
+        q_smem.index(group * config.k_chunks + c).store(q[c])
 
 
 @gluon.jit
@@ -106,12 +114,12 @@ def _make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl
     """The cache, and the stages that its tiles pass through."""
     k_smem = gl.allocate_shared_memory(
         config.dtype.value,
-        [config.num_stages * config.k_chunks * config.pieces, config.piece_rows, config.k_width],
+        [config.stages_held * config.k_chunks * config.pieces, config.piece_rows, config.k_width],
         config.piece_layout(config.k_width),
     )  # fmt: skip
     v_smem = gl.allocate_shared_memory(
         config.dtype.value,
-        [config.num_stages * config.v_chunks * config.pieces, config.piece_rows, config.v_width],
+        [config.stages_held * config.v_chunks * config.pieces, config.piece_rows, config.v_width],
         config.piece_layout(config.v_width),
     )  # fmt: skip
     batch_idx, page_table = given(pointers[4], nowhere), given(pointers[5], nowhere)
@@ -122,9 +130,7 @@ def _make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl
             k, v, k_smem, v_smem, page_table, stride, batch_idx, head, k_strides, v_strides, config
         )
     else:
-        full = gl.allocate_shared_memory(
-            gl.int64, [config.num_stages + config.warms, 1], mbarrier.MBarrierLayout()
-        )
+        full = gl.allocate_shared_memory(gl.int64, [config.num_stages, 1], mbarrier.MBarrierLayout())
         return config.Tiles(k, v, k_smem, v_smem, full, page_table, stride, batch_idx, head, config)
 
 
@@ -179,8 +185,7 @@ def decode_attention(
     scratch = _make_scratch(c)
     rows_kind = c.RowKind(c)
     tiles.start()
-    if c.chained:
-        gdc_wait()  # nothing that a kernel before wrote is looked at before it has ended
+    gdc_wait()  # nothing that a kernel before wrote is looked at before it has ended
 
     seen = work.look()
     units = work.num_units(seen)
@@ -189,6 +194,8 @@ def decode_attention(
     count = gl.maximum(gl.minimum(share, units - unit), 0)
     at = first_segment(work, seen, unit, count)
 
+    # before the copies: behind them it would wait for what they load
+    loaded = load_q(q_ptr, work, kv_head, at.item, strides, 0, c)
     # the copy side, a ring ahead
     ahead = at
     valid = at.tile < at.stop
@@ -199,11 +206,10 @@ def decode_attention(
         places = tiles.locate(ahead, valid)
     if work.some_empty(seen):
         empty_items(work, results, place, c.per_head, c)
-    tiles.started()
     it = unit * 0
     going = count > 0
     while going:
-        load_q(q_ptr, q_smem, work, kv_head, at.item, strides, 0, c)
+        keep_q(loaded, q_smem, 0, c)
         q = rows_kind.operand(q_smem)
         state = rows_kind.empty()
         rows = rows_of(work, at, 0, c)
@@ -224,14 +230,14 @@ def decode_attention(
             n0 = tile * c.tile_n
             state = rows_kind.attend(q, tiles, it % c.num_stages, state, rows, n0, scales[0], scales[1])
             it += 1
-        if c.chained or not c.merges:  # noqa: SIM102 (one is known when compiling)
-            if at.left == 0:
-                gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
+        if at.left == 0:
+            gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
         x, lse = rows_kind.finish(state, tiles, scratch, (it - 1) % c.num_stages)
         finish_segment(work, results, at, parts, x, lse, counters, part, 0, c)
         going = at.left > 0
         if going:
             at = next_segment(work, at)
+            loaded = load_q(q_ptr, work, kv_head, at.item, strides, 0, c)
 
 
 @gluon.jit

@@ -13,6 +13,7 @@ from tandem_attn.device.gluon import (
     base_value,
     fence_async_shared,
     gdc_launch_dependents,
+    gdc_wait,
     gl,
     gluon,
     mbarrier,
@@ -26,6 +27,7 @@ from tandem_attn.kernels.decode import (
     empty_items,
     finish_segment,
     given,
+    keep_q,
     load_q,
     make_work,
     rows_of,
@@ -46,11 +48,12 @@ class Share:
 
 
 @gluon.jit
-def _producer(share, tiles, k, v):
+def _producer(share, tiles, k, v, asked):
     work = share.work
     at = share.at
     c: gl.constexpr = work.config
     i = share.count * 0
+    mbarrier.wait(asked, 0)  # behind the first tiles Q would wait for all of them
     going = share.count > 0
     while going:
         for tile in range(at.tile, at.stop):
@@ -83,11 +86,13 @@ def _take_q(q_smem, group: gl.constexpr, config: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, counters, strides, scales):
+def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, asked, counters, strides, scales):
     work = share.work
     results = share.results
     at = share.at
     c: gl.constexpr = work.config
+    loaded = load_q(q_ptr, work, results.kv_head, at.item, strides, group, c)
+    mbarrier.arrive(asked, count=1)
     if group == 0:
         if share.empty:
             empty_items(work, results, share.place, c.per_head, c)
@@ -97,7 +102,7 @@ def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, counters, strides
     it = share.count * 0
     going = share.count > 0
     while going:
-        load_q(q_ptr, q_smem, work, results.kv_head, at.item, strides, group, c)
+        keep_q(loaded, q_smem, group, c)
         q = _take_q(q_smem, group, c)
         rows = rows_of(work, at, group, c)
         parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share.share, results.kv_head)
@@ -109,9 +114,8 @@ def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, counters, strides
         for tile in range(at.tile + 1, at.stop):
             it += 1
             state = next_tile(group, q, k, v, it, state, rows, tile * c.tile_n, tile > at.tile + 1, scales, c)
-        if not c.merges:  # noqa: SIM102 (one is known when compiling)
-            if at.left == 0:
-                gdc_launch_dependents()
+        if at.left == 0:
+            gdc_launch_dependents()
         n0 = (at.stop - 1) * c.tile_n
         x, lse = last_output(v, it, state, rows, n0, at.stop - at.tile > 1, scales[0], c)
         it += 1
@@ -119,6 +123,7 @@ def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, counters, strides
         going = at.left > 0
         if going:
             at = next_segment(work, at)
+            loaded = load_q(q_ptr, work, results.kv_head, at.item, strides, group, c)
 
 
 @gluon.jit
@@ -132,7 +137,7 @@ def _barriers(config: gl.constexpr, count: gl.constexpr):
 @gluon.jit
 def _stages(chunks: gl.constexpr, width: gl.constexpr, config: gl.constexpr):
     smem = gl.allocate_shared_memory(
-        config.dtype.value, [config.num_stages * chunks * config.pieces, config.piece_rows, width],
+        config.dtype.value, [config.stages_held * chunks * config.pieces, config.piece_rows, width],
         config.piece_layout(width),
     )  # fmt: skip
     return Stages(smem, _barriers(config, 1), _barriers(config, config.num_groups), chunks, width, config)
@@ -152,12 +157,15 @@ def decode_groups(
     results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
     k_stages = _stages(c.k_chunks, c.k_width, c)
     v_stages = _stages(c.v_chunks, c.v_width, c)
+    asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(asked, count=c.num_groups)
     fence_async_shared()
     batch_idx, page_table = given(pointers[4], counters), given(pointers[5], counters)
     tiles = LoadedTiles(k, v, k_stages.smem, v_stages.smem, k_stages.full, page_table,
                         gl.to_tensor(table_stride), batch_idx, kv_head, c)  # fmt: skip
     shape: gl.constexpr = [c.num_groups * c.k_chunks, c.group_rows, c.k_width]
     q_smem = gl.allocate_shared_memory(c.dtype.value, shape, c.q_layout)
+    gdc_wait()
 
     seen = work.look()
     units = work.num_units(seen)
@@ -169,15 +177,15 @@ def decode_groups(
     if c.num_groups == 1:
         gl.warp_specialize(
             [
-                (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, counters, strides, scales)),
-                (_producer, (share, tiles, k_stages, v_stages)),
+                (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, asked, counters, strides, scales)),
+                (_producer, (share, tiles, k_stages, v_stages, asked)),
             ],
             [1],
             [40],
         )
     else:
         gl.warp_specialize([
-            (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, counters, strides, scales)),
-            (_consumer, (1, share, q_ptr, q_smem, k_stages, v_stages, counters, strides, scales)),
-            (_producer, (share, tiles, k_stages, v_stages)),
+            (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, asked, counters, strides, scales)),
+            (_consumer, (1, share, q_ptr, q_smem, k_stages, v_stages, asked, counters, strides, scales)),
+            (_producer, (share, tiles, k_stages, v_stages, asked)),
         ], [4, 1], [232, 40])  # fmt: skip

@@ -103,7 +103,7 @@ def kernel_of(config: DecodeConfig):
 
 def options_of(config: DecodeConfig) -> dict:
     """How it is compiled and launched."""
-    options = dict(num_warps=config.num_warps, launch_pdl=config.chained)
+    options = dict(num_warps=config.num_warps, launch_pdl=True)
     return options | ({"maxnreg": 168} if config.num_groups == 2 else {})
 
 
