@@ -12,6 +12,7 @@ import pytest
 import torch
 from compile_matrix import INSTALLED, SUPPORTED, Compiled, cases
 
+from tandem_attn.device.decode_groups import GroupRows
 from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.kv_tiles import GatheredTiles, LoadedTiles
 from tandem_attn.device.splits import CountedSplits, SharedSplits, SizedSplits
@@ -32,8 +33,10 @@ SYSTEM = 1024  # bytes that every resident program takes besides its own
 MULTIPROCESSOR = 228 * 1024
 REGISTERS = 64 * 1024  # of a multiprocessor
 
-# (bytes of spill stores and loads that are known, why)
+# (bytes of spill stores and loads that are known, why); none of them in a loop over tiles
 SPILLS = {
+    "64": (48, "Triton 3.7.1, which takes 128 registers where others take 141"),
+    "128_rows_of_256": (1024, "128 registers of O and 64 of Q, of 232 that a consumer has"),
     "128x256": (160, "2 warps: 128 registers of O, Q and both strides; no model has such heads"),
 }
 
@@ -51,7 +54,7 @@ CASES = list(cases(variants_for))
 @pytest.fixture(scope="session")
 def reports(request, tmp_path_factory):
     """A function (version, name) -> DecodeReport."""
-    sources = ("compile", "shipped_decode")
+    sources = ("compile", "sass", "shipped_decode")
     compiled = Compiled(request, tmp_path_factory, "compile_decode", sources)
     return lambda version, name: DecodeReport.from_json(compiled.report(version, name))
 
@@ -62,6 +65,7 @@ def test_compiles_within_the_limits(reports, version, name):
     known, _ = SPILLS.get(name, (0, ""))
     assert made.spill_bytes <= known
     assert made.stack_bytes <= known
+    assert made.spills_of_tiles == 0
     assert not made.warnings
     if variant.combines:
         assert made.shared_memory <= 8 * 1024
@@ -96,8 +100,8 @@ def test_cases_hold_every_kind():
     for width in (64, 128, 256):
         assert (WarpKeys, LoadedTiles, 16, width) in kinds
         assert (WarpKeys, GatheredTiles, 16, width) in kinds
-        assert (WarpRows, LoadedTiles, 64, width) in kinds
-        assert (WarpRows, LoadedTiles, 128, width) in kinds
+        assert (GroupRows if width == 64 else WarpRows, LoadedTiles, 64, width) in kinds
+        assert (GroupRows, LoadedTiles, 128, width) in kinds
     assert {c.Splits for c in configs} == {SharedSplits, CountedSplits, SizedSplits}
     assert {(c.Tiles, c.element) for c in configs} == {
         (t, e) for t in (LoadedTiles, GatheredTiles) for e in ("bf16", "fp16")

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import tandem_attn
 from tandem_attn import arch
 from tandem_attn.device import splits as real_splits
+from tandem_attn.device.decode_groups import GroupRows
 from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.division import division_magic
 from tandem_attn.kernels import config_decode
@@ -409,7 +410,9 @@ def test_every_question_has_a_configuration_that_fits(head_dim, head_dim_v):
             config = plan.config
             assert config.shared_memory <= SHARED_MEMORY
             assert config.residents * (config.shared_memory + 1024) <= 228 * 1024
-            assert config.num_stages >= 2 and config.rows <= config.rows_stored <= config.tile_m
+            assert (config.residents + 1) * (config.shared_memory + 1024) > 228 * 1024
+            assert config.num_stages >= 2
+            assert config.rows <= config.num_groups * config.rows_stored <= config.tile_m
             assert config.head_dim_v % config.combine_width == 0 and config.combine_width >= 32
             assert config.tile_m * plan.items >= tokens * group * batch > config.tile_m * (plan.items - batch)
             assert 1 <= config.parts_at_once <= 256
@@ -449,7 +452,10 @@ def test_rows_of_an_item(tokens, group):
     assert rows in (16, 64, 128) and (total > 128 or rows >= total)
     assert rows == 16 or total > {64: 16, 128: 64}[rows]
     assert config_decode.blocks_of_rows(spec) == -(-total // rows)
-    assert decode_config(spec, PROGRAMS).RowKind is (WarpKeys if rows == 16 else WarpRows)
+    kinds = {16: WarpKeys, 64: WarpRows, 128: GroupRows}
+    assert decode_config(spec, PROGRAMS).RowKind is kinds[rows]
+    paged = asked(tokens=tokens, group=group, page=1)  # a producer of one warp does not gather
+    assert decode_config(paged, PROGRAMS).RowKind is (WarpKeys if rows == 16 else WarpRows)
 
 
 def test_the_second_kernel_takes_what_one_program_should_not_merge():

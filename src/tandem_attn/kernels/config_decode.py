@@ -153,6 +153,11 @@ class DecodeConfig(KernelConfig):
         return self.head_dim + self.head_dim_v < 512
 
     @property
+    def asks_early(self) -> bool:
+        """Q may take 32 registers of a thread before they are needed, not more."""
+        return 2 * self.group_rows * self.head_dim <= 4 * 32 * (32 * self.num_warps)
+
+    @property
     def by_panels(self) -> bool:
         """wgmma reads a tile as panels of 64 columns: pieces must then come panel by panel."""
         return self.pieces > 1 and self.RowKind is not WarpKeys
@@ -221,7 +226,7 @@ class DecodeConfig(KernelConfig):
 
     @property
     def combine_rows(self) -> int:
-        """Rows of a program of the second kernel: a warp each, or one that all warps share the partials of."""
+        """Rows of a program of the second kernel: a warp each; or one, whose partials all warps share."""
         return 4 if self.rows >= 32 else 1
 
     @property

@@ -51,8 +51,21 @@ def load_q(q_ptr, work, kv_head, item, strides, group: gl.constexpr, config: gl.
 
 
 @gluon.jit
-def keep_q(q, q_smem, group: gl.constexpr, config: gl.constexpr):
-    """Put what load_q() gave where the tensor cores, or other warps, find it."""
+def ask_for_q(q_ptr, work, kv_head, item, strides, group: gl.constexpr, config: gl.constexpr):
+    """load_q(), if the registers for it are free while copies are started. Behind the copies it would wait
+    for all that they load."""
+    if config.asks_early:
+        return load_q(q_ptr, work, kv_head, item, strides, group, config)
+    else:
+        return ()
+
+
+@gluon.jit
+def keep_q(asked, q_ptr, q_smem, work, kv_head, item, strides, group: gl.constexpr, config: gl.constexpr):
+    """Put Q, of which `asked` came from ask_for_q(), where the tensor cores, or other warps, find it."""
+    q = asked
+    if not config.asks_early:
+        q = load_q(q_ptr, work, kv_head, item, strides, group, config)
     for c in gl.static_range(config.k_chunks):
         q_smem.index(group * config.k_chunks + c).store(q[c])
 
@@ -194,8 +207,7 @@ def decode_attention(
     count = gl.maximum(gl.minimum(share, units - unit), 0)
     at = first_segment(work, seen, unit, count)
 
-    # before the copies: behind them it would wait for what they load
-    loaded = load_q(q_ptr, work, kv_head, at.item, strides, 0, c)
+    asked = ask_for_q(q_ptr, work, kv_head, at.item, strides, 0, c)
     # the copy side, a ring ahead
     ahead = at
     valid = at.tile < at.stop
@@ -209,7 +221,7 @@ def decode_attention(
     it = unit * 0
     going = count > 0
     while going:
-        keep_q(loaded, q_smem, 0, c)
+        keep_q(asked, q_ptr, q_smem, work, kv_head, at.item, strides, 0, c)
         q = rows_kind.operand(q_smem)
         state = rows_kind.empty()
         rows = rows_of(work, at, 0, c)
@@ -237,7 +249,7 @@ def decode_attention(
         going = at.left > 0
         if going:
             at = next_segment(work, at)
-            loaded = load_q(q_ptr, work, kv_head, at.item, strides, 0, c)
+            asked = ask_for_q(q_ptr, work, kv_head, at.item, strides, 0, c)
 
 
 @gluon.jit

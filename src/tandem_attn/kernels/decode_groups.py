@@ -24,11 +24,11 @@ from tandem_attn.device.partials import Results
 from tandem_attn.device.turn import pass_turn
 from tandem_attn.device.work import first_segment, next_segment, parts_of
 from tandem_attn.kernels.decode import (
+    ask_for_q,
     empty_items,
     finish_segment,
     given,
     keep_q,
-    load_q,
     make_work,
     rows_of,
 )
@@ -48,12 +48,12 @@ class Share:
 
 
 @gluon.jit
-def _producer(share, tiles, k, v, asked):
+def _producer(share, tiles, k, v, q_bar):
     work = share.work
     at = share.at
     c: gl.constexpr = work.config
     i = share.count * 0
-    mbarrier.wait(asked, 0)  # behind the first tiles Q would wait for all of them
+    mbarrier.wait(q_bar, 0)  # behind the first tiles Q would wait for all of them
     going = share.count > 0
     while going:
         for tile in range(at.tile, at.stop):
@@ -86,23 +86,22 @@ def _take_q(q_smem, group: gl.constexpr, config: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, asked, counters, strides, scales):
+def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, q_bar, counters, strides, scales):
     work = share.work
     results = share.results
     at = share.at
     c: gl.constexpr = work.config
-    loaded = load_q(q_ptr, work, results.kv_head, at.item, strides, group, c)
-    mbarrier.arrive(asked, count=1)
-    if group == 0:
+    asked = ask_for_q(q_ptr, work, results.kv_head, at.item, strides, group, c)
+    mbarrier.arrive(q_bar, count=1)
+    if group == 0:  # noqa: SIM102 (one is known when compiling)
         if share.empty:
             empty_items(work, results, share.place, c.per_head, c)
-    if c.num_groups > 1:
-        if group == c.num_groups - 1:
-            pass_turn(group, c.num_groups)
+    if c.num_groups > 1 and group == c.num_groups - 1:
+        pass_turn(group, c.num_groups)
     it = share.count * 0
     going = share.count > 0
     while going:
-        keep_q(loaded, q_smem, group, c)
+        keep_q(asked, q_ptr, q_smem, work, results.kv_head, at.item, strides, group, c)
         q = _take_q(q_smem, group, c)
         rows = rows_of(work, at, group, c)
         parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share.share, results.kv_head)
@@ -123,7 +122,7 @@ def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, asked, counters, 
         going = at.left > 0
         if going:
             at = next_segment(work, at)
-            loaded = load_q(q_ptr, work, results.kv_head, at.item, strides, group, c)
+            asked = ask_for_q(q_ptr, work, results.kv_head, at.item, strides, group, c)
 
 
 @gluon.jit
@@ -157,8 +156,8 @@ def decode_groups(
     results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
     k_stages = _stages(c.k_chunks, c.k_width, c)
     v_stages = _stages(c.v_chunks, c.v_width, c)
-    asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(asked, count=c.num_groups)
+    q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_bar, count=c.num_groups)
     fence_async_shared()
     batch_idx, page_table = given(pointers[4], counters), given(pointers[5], counters)
     tiles = LoadedTiles(k, v, k_stages.smem, v_stages.smem, k_stages.full, page_table,
@@ -177,15 +176,15 @@ def decode_groups(
     if c.num_groups == 1:
         gl.warp_specialize(
             [
-                (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, asked, counters, strides, scales)),
-                (_producer, (share, tiles, k_stages, v_stages, asked)),
+                (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, q_bar, counters, strides, scales)),
+                (_producer, (share, tiles, k_stages, v_stages, q_bar)),
             ],
             [1],
             [40],
         )
     else:
         gl.warp_specialize([
-            (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, asked, counters, strides, scales)),
-            (_consumer, (1, share, q_ptr, q_smem, k_stages, v_stages, asked, counters, strides, scales)),
-            (_producer, (share, tiles, k_stages, v_stages, asked)),
+            (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, q_bar, counters, strides, scales)),
+            (_consumer, (1, share, q_ptr, q_smem, k_stages, v_stages, q_bar, counters, strides, scales)),
+            (_producer, (share, tiles, k_stages, v_stages, q_bar)),
         ], [4, 1], [232, 40])  # fmt: skip

@@ -22,12 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from tandem_attn.device.decode_groups import GroupRows
 from tandem_attn.kernels import launch_decode
 from tandem_attn.kernels.combine import combine_partials
 from tandem_attn.kernels.config_decode import DecodeConfig
 from tandem_attn.kernels.launch_decode import box_of
 from tandem_attn.spec_decode import New
 from tandem_attn.testing.compile import always_compile, command_line, disassembled
+from tandem_attn.testing.sass import tight_loops
 from tandem_attn.testing.shipped_decode import DecodeVariant, decode_variants, plan_of
 
 POINTERS = {"lse_ptr": "*fp32", "o_part": "*fp32", "l_part": "*fp32", "counters": "*i32"}
@@ -40,6 +42,7 @@ class DecodeReport:
 
     seconds: float  # of one core
     spill_bytes: int  # loads and stores of registers that did not fit, anywhere
+    spills_of_tiles: int  # such instructions in loops over tiles of keys
     stack_bytes: int
     registers: int
     warnings: tuple[str, ...]  # C75xx: serialised wgmma
@@ -148,6 +151,7 @@ def decode_report(variant: DecodeVariant) -> DecodeReport:
     return DecodeReport(
         seconds=round(sum(os.times()[:4]) - start, 2),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said))),
+        spills_of_tiles=sum(loop["spill"] for loop in tight_loops(sass, r"\bHG?MMA\.")),
         stack_bytes=sum(map(int, re.findall(r"(\d+) bytes stack frame", said))),
         registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
         warnings=tuple(line.strip() for line in said.splitlines() if "C75" in line),
@@ -158,12 +162,15 @@ def decode_report(variant: DecodeVariant) -> DecodeReport:
 
 
 def products(config: DecodeConfig) -> tuple[int, int]:
-    """(mma.sync, wgmma) instructions of a warp for a tile of keys: m16n8k16, and k16 of any width."""
+    """(mma.sync, wgmma) instructions for a tile of keys: m16n8k16 of a warp, and k16 of any width."""
     steps = config.head_dim // 16
     if config.one_block:
         keys = config.tile_n // config.num_warps
         return steps * (keys // 8) + keys // 16 * (config.head_dim_v // 8), 0
-    return 0, steps + config.tile_n // 16 * config.v_chunks
+    of_tile = steps + config.tile_n // 16 * config.v_chunks
+    if config.RowKind is GroupRows:  # the loop multiplies S of a tile and O of another; both stand alone once
+        return 0, 2 * config.num_groups * of_tile
+    return 0, of_tile
 
 
 def _report_by_name(name: str) -> tuple[str, dict]:

@@ -32,17 +32,18 @@ class Loop(collections.Counter):
         return histogram
 
 
-def tight_loops(sass: str) -> list[Loop]:
-    """The loops with matrix products (HGMMA) in which no smaller loop has any, in program order."""
+def tight_loops(sass: str, products: str = r"\bHGMMA\.") -> list[Loop]:
+    """The loops with matrix products (a regular expression) in which no smaller loop has any, in program
+    order."""
     blocks, edges = control_flow(sass)
-    products = {b for b, code in enumerate(blocks) if any("HGMMA" in text for text in code)}
+    multiplying = {b for b, code in enumerate(blocks) if any(re.search(products, text) for text in code)}
     found = []
 
     def search(nodes: set[int], edges: dict[int, set[int]]) -> bool:
         """Whether there is a loop with products among `nodes`; notes the innermost ones."""
         any_here = False
         for part in cycles(nodes, edges):
-            if not part & products:
+            if not part & multiplying:
                 continue
             any_here = True
             entries = {b for a in nodes - part for b in edges[a] & part} or {min(part)}
