@@ -238,7 +238,8 @@ def test_as_many_layers_as_fit():
     shape, capacity = llama.CODELLAMA_34B, 65537
     model = llama.Model(TINY, 1, CPU)
     assert TINY.layer_bytes == sum(x.nbytes for x in model.layers[0] if x.dim() == 2)
-    assert generate.layers_within(shape, None, capacity, 79 * 2**30) == generate.LAYERS
+    assert 30 < generate.layers_within(shape, None, capacity, 79 * 2**30) < generate.LAYERS, "an H100"
+    assert generate.layers_within(shape, None, capacity, 139 * 2**30) == generate.LAYERS
     assert generate.layers_within(shape, 48, capacity, 139 * 2**30) == 48, "all of it on an H200"
     few = generate.layers_within(shape, None, capacity, 24 * 2**30)
     assert 1 <= few < generate.LAYERS

@@ -82,14 +82,17 @@ def _blog() -> list[DecodeBenchCase]:
 def _rows() -> list[DecodeBenchCase]:
     """Packed rows: query heads of a KV head times tokens. All of a family read the same K and V."""
     found = []
-    for group, tokens in ((8, 2), (8, 4), (8, 8), (8, 16), (16, 1), (32, 1), (64, 1), (128, 1)):
-        rows = group * tokens
-        family = "tokens" if tokens > 1 else "heads"
-        more = dict(tokens=tokens, causal=True) if tokens > 1 else {}
-        case = _case((8 * group, 8), 128, (8192,) * 8, **more)
-        name = f"rows{rows}-{family}-g{group}-t{tokens}"
-        base = None if rows == 16 else found[-1].against or found[-1].id
-        found.append(DecodeBenchCase("rows", name, case, against=base))
+    by_tokens, by_heads = ((8, 2), (8, 4), (8, 8), (8, 16)), ((16, 1), (32, 1), (64, 1), (128, 1))
+    families = ((128, 8, 8192, by_tokens), (128, 8, 8192, by_heads))
+    families += ((128, 32, 4096, by_tokens), (64, 32, 4096, by_tokens))
+    for head_dim, batch, keys, family in families:
+        base = None
+        for group, tokens in family:
+            more = dict(tokens=tokens, causal=True) if tokens > 1 else {}
+            case = _case((8 * group, 8), head_dim, (keys,) * batch, **more)
+            name = f"rows{group * tokens}-g{group}-t{tokens}-d{head_dim}-b{batch}"
+            found.append(DecodeBenchCase("rows", name, case, against=base))
+            base = base or name
     return found
 
 

@@ -151,17 +151,8 @@ def store_merged_block(
 @gluon.jit
 def store_merged(results, work, item, parts, row0: gl.constexpr, config: gl.constexpr):
     """Merge all partials of an item and write its final rows from row0 on; by one program."""
+    rows: gl.constexpr = config.rows_stored
     width: gl.constexpr = config.merge_width
+    layout: gl.constexpr = config.merge_layout
     for c in gl.static_range(config.head_dim_v // width):
-        store_merged_block(
-            results,
-            work,
-            item,
-            parts,
-            row0,
-            config.rows_stored,
-            c * width,
-            width,
-            config.merge_layout,
-            config,
-        )
+        store_merged_block(results, work, item, parts, row0, rows, c * width, width, layout, config)

@@ -9,7 +9,8 @@ of all sequences and walks it, segment by segment; a segment is a run of tiles o
     per segment: the whole item: write the result; a part of it: write a partial result and its log-sum-exp,
                 and the last of its programs to arrive merges them, or `combine_partials` does
 
-Why each of these is so, and what it measured: docs/kernels/decode.md.
+It is launched while the kernel before still runs (programmatic dependent launch), and waits for its end when
+its barriers are ready. Why each of these is so, and what it measured: docs/kernels/decode.md.
 """
 
 from tandem_attn.device.decode_rows import Rows
