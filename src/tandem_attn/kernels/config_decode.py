@@ -220,8 +220,9 @@ class DecodeConfig(KernelConfig):
 
     @property
     def merge_layout(self):
-        """[partials, rows, columns]: every thread holds 4 columns of a row of all partials."""
-        across = min(32, self.merge_width // 4)
+        """[partials, rows, columns]: a thread holds neighbouring columns, by fours, of a row of all partials;
+        where rows are many, of few rows, because every row costs it a division and two addresses."""
+        across = min(32 if self.merges_warps else 8, self.merge_width // 4)
         return gl.BlockedLayout([1, 1, 4], [1, 32 // across, across], [1, self.num_warps, 1], [2, 1, 0])
 
     @property
@@ -277,7 +278,7 @@ class DecodeConfig(KernelConfig):
     @property
     def merge_width(self) -> int:
         """Columns that the last program of an item merges at a time."""
-        return self.head_dim_v if self.merges_warps else 64
+        return self.head_dim_v if self.merges_warps else min(128, self.head_dim_v)
 
     @property
     def combine_width(self) -> int:
