@@ -263,6 +263,22 @@ def test_check_finds_stale_tables_and_writes_nothing(results):
     assert tool(results, "overhead", "--check", body=body.replace("9.9", "7.9"))[0] == 1
 
 
+def test_a_model_that_generates(results):
+    document = report.new_document("generate", environment.stamp(CPU), {})
+    document |= {"model": {"name": "a model", "layers": 3, "batch": 1}, "remark": "no prefill"}
+    both = {"tandem": {"tokens_per_second": 53.21}, "sdpa": {"tokens_per_second": 50.0}}
+    wrong = {"tandem": {"wrong": "NaN"}, "sdpa": {"reason": "no memory"}}
+    document["cases"] = [
+        {"id": "prompt-512", "prompt": 512, "results": both, "ratio": 1.0642},
+        {"id": "prompt-64k", "prompt": 65536, "results": wrong, "ratio": None},
+    ]
+    report.save(document | {"complete": True}, results / "d.json")
+    made = tool(results, "generate")[1]
+    assert "| 512 | 53.2 | 50.0 | 1.064 |" in made
+    assert "| 64k | wrong result | - |  |" in made
+    assert "3 layers of a model, random weights, batch 1; no prefill." in made
+
+
 def test_the_grid_says_ours_best_and_ratio(results):
     _, document = tool(results, "forward-grid")
     lines = document.splitlines()

@@ -2,8 +2,8 @@
 """Rewrite the tables of README.md from benchmarks/results/*.json, so that no number is typed by hand.
 
 A table lies between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is forward-GROUP or decode-GROUP (a
-group of `bench forward` or `bench decode`) or overhead, and may be followed by the name of a result file;
-without it the newest result that holds such numbers is taken. A decode table of no result says so. With
+group of `bench forward` or `bench decode`), generate or overhead, and may be followed by the name of a result
+file; without it the newest result that holds such numbers is taken. A decode table of no result says so. With
 --check nothing is written, and the exit status is 1 if something would be.
 """
 
@@ -77,6 +77,9 @@ def table(name: str, results: pathlib.Path) -> str:
     if kind == "overhead":
         path, document = _result(results, file, lambda d: d["kind"] == "overhead", name)
         lines = overhead_table(document)
+    elif kind == "generate":
+        path, document = _result(results, file, lambda d: d["kind"] == "generate", name)
+        lines = generate_table(document)
     elif kind.startswith("forward-"):
         group = kind.removeprefix("forward-")
         path, document = _result(results, file, lambda d: _holds(d, "forward", group), name)
@@ -94,7 +97,8 @@ def table(name: str, results: pathlib.Path) -> str:
         records = [record for record in document["cases"] if record["group"] == group]
         lines = [*decode_table(records), "", decode_notes(document, group, records)]
     else:
-        raise TableError(f"table {name!r} is unknown; supported: overhead, forward-GROUP, decode-GROUP")
+        known = "overhead, generate, forward-GROUP, decode-GROUP"
+        raise TableError(f"table {name!r} is unknown; supported: {known}")
     return "\n".join([*lines, "", source(path, document), ""])
 
 
@@ -236,14 +240,41 @@ def decode_notes(document: dict, group: str, records: list[dict]) -> str:
             f"Best peer's time / {OURS}: geometric mean **{best['ratio']:.3f}**, lowest {best['lowest']:.3f} "
             f"({best['lowest_case']}), over {best['cases']} cases."
         )
+    for peer, mean in means["peers"].items():
+        if peer.endswith(RECORDED) and mean["ratio"] is not None:
+            found.append(
+                f"Time of {peer.removesuffix(RECORDED)}\\* / {OURS}: geometric mean **{mean['ratio']:.3f}**, "
+                f"lowest {mean['lowest']:.3f} ({mean['lowest_case']}), over {mean['cases']} cases."
+            )
     if flat:
         found.append(f"Slowest / fastest of the rows with the same bytes: **{flat:.3f}**.")
     bases = dict.fromkeys(record["against"]["id"] for record in records if record["against"])
     if bases:
         found.append(f"Baselines: {', '.join(bases)}.")
-    if any((record["best"] or {"name": ""})["name"].endswith(RECORDED) for record in records):
+    starred = (record["best"]["name"] for record in records if record["best"])
+    if any(name.endswith(RECORDED) for name in (*starred, *means["peers"])):
         found.append(STAR)
     return " ".join(found)
+
+
+def generate_table(document: dict) -> list[str]:
+    """Tokens per second of a model behind prompts of several lengths."""
+    body = []
+    for record in document["cases"]:
+        results = record["results"]
+        cells = [_tokens(results.get(name, {})) for name in (OURS, "sdpa")]
+        ratio = "" if record["ratio"] is None else f"{record['ratio']:.3f}"
+        body.append([_thousands(record["prompt"]), *cells, ratio])
+    model = document["model"]
+    lines = markdown(["prompt", f"{OURS} tokens/s", "sdpa tokens/s", "ratio"], body)
+    facts = f"{model['layers']} layers of {model['name']}, random weights, batch {model['batch']}"
+    return [*lines, "", f"{facts}; {document['remark']}."]
+
+
+def _tokens(result: dict) -> str:
+    if "wrong" in result:
+        return "wrong result"
+    return f"{result['tokens_per_second']:.1f}" if "tokens_per_second" in result else "-"
 
 
 def overhead_table(document: dict) -> list[str]:
