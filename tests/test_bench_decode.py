@@ -315,6 +315,7 @@ def test_splits_are_what_the_backend_says_or_what_was_asked_for():
     case = case_named("smoke-b2").case
     assert decode.splits(case, "gluon: 16 rows, 128 programs, ring of 3") == "32", "2 sequences, 2 heads"
     assert decode.splits(case, "gluon: 16 rows, 2 programs") == "0.5"
+    assert decode.splits(case, "gluon: 16 rows, 532 programs") == "133"
     assert decode.splits(case, "gluon: 16 rows, 7 splits") == "7"
     assert decode.splits(case, "gluon: 16 rows") == "auto"
     assert decode.splits(dataclasses.replace(case, split_size=256), "gluon: 7 splits") == "of 256"

@@ -212,12 +212,17 @@ def decode_table(records: list[dict]) -> list[str]:
         row = [record["id"], *(["wrong result" if "wrong" in ours else "-"] + [""] * 3)]
         if "median_us" in ours:
             numbers = (_number(ours["median_us"]), _number(ours["gb_per_s"]), f"{100 * ours['of_copy']:.0f}")
-            row = [record["id"], f"**{numbers[0]}**", *numbers[1:], record["splits"]]
+            row = [record["id"], f"**{numbers[0]}**", *numbers[1:], _plain(record["splits"])]
         row.append(_slower(record["best"]))
         if compared:
             row.append(f"{record['against']['ratio']:.3f}" if record["against"] else "")
         body.append(row)
     return markdown([*header, *(["bandwidth / baseline's"] if compared else [])], body)
+
+
+def _plain(splits: str) -> str:
+    """130 for 1.3e+02; what is no number as it is."""
+    return f"{float(splits):g}" if "e+" in splits else splits
 
 
 def _slower(best: dict | None) -> str:

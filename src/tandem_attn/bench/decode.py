@@ -146,7 +146,7 @@ def splits(case: DecodeCase, config: str) -> str:
     if named := re.search(r"(\d+) splits", config):
         return named[1]
     named = re.search(r"(\d+) programs", config)
-    return f"{int(named[1]) / (case.batch * case.kv_heads):.2g}" if named else "auto"
+    return f"{int(named[1]) / (case.batch * case.kv_heads):.3g}" if named else "auto"
 
 
 def measure_provider(provider: Provider, oracle: DecodeOracle, calls: int, settings: Settings) -> dict:
