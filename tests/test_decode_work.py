@@ -275,10 +275,7 @@ def check_launch(batch: Batch, functions=plain) -> None:
             visits += [(kv_head, int(at.item), tile) for tile in range(at.tile, at.stop)]
             parts = module.parts_of(work, at.before, work.splits.units(at.first, at.end), share, kv_head)
             assert int(at.before) == int(work.units_before(at.item))
-            if work.splits.shared:
-                part = place - at.before // share
-            else:
-                part = work.splits.unit_of(at.tile, at.first, at.end)
+            part = module.part_of(work, at, place, share)
             assert 0 <= part < parts.count
             me = kv_head, int(at.item)
             expected[me] = {int(parts.slot(DeviceInt(j))) for j in range(parts.count)}

@@ -74,12 +74,9 @@ def rewritten(document: str, results: pathlib.Path) -> tuple[str, list[str]]:
 def table(name: str, results: pathlib.Path) -> str:
     """The Markdown of a table by its marker's name."""
     kind, _, file = name.partition(" ")
-    if kind == "overhead":
-        path, document = _result(results, file, lambda d: d["kind"] == "overhead", name)
-        lines = overhead_table(document)
-    elif kind == "generate":
-        path, document = _result(results, file, lambda d: d["kind"] == "generate", name)
-        lines = generate_table(document)
+    if kind in ("overhead", "generate"):
+        path, document = _result(results, file, lambda d: d["kind"] == kind, name)
+        lines = {"overhead": overhead_table, "generate": generate_table}[kind](document)
     elif kind.startswith("forward-"):
         group = kind.removeprefix("forward-")
         path, document = _result(results, file, lambda d: _holds(d, "forward", group), name)

@@ -279,6 +279,15 @@ class Parts:
 
 
 @gluon.jit
+def part_of(work, at, place, share):
+    """The number, among the parts of its item, of the segment at a cursor of the program at this place."""
+    if work.splits.shared:
+        return place - at.before // share
+    else:
+        return work.splits.unit_of(at.tile, at.first, at.end)
+
+
+@gluon.jit
 def parts_of(work, before, units, share, kv_head):
     """Parts of an item with `units` units after `before` others.
 

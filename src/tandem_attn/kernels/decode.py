@@ -23,7 +23,7 @@ from tandem_attn.device.gluon import (
     thread_barrier,
 )
 from tandem_attn.device.partials import Results, store_merged, store_partial, store_result, store_zeros
-from tandem_attn.device.work import Cursor, Work, first_segment, next_segment, parts_of
+from tandem_attn.device.work import Cursor, Work, first_segment, next_segment, part_of, parts_of
 
 
 @gluon.jit
@@ -228,10 +228,7 @@ def decode_attention(
         rows = rows_of(work, at, 0, c)
         # divisions here, while the first loads are under way
         parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share, kv_head)
-        if work.splits.shared:
-            part = place - at.before // share
-        else:
-            part = work.splits.unit_of(at.tile, at.first, at.end)
+        part = part_of(work, at, place, share)
         for tile in range(at.tile, at.stop):
             tiles.wait(it)
             tiles.emptied()

@@ -22,7 +22,7 @@ from tandem_attn.device.gluon import (
 from tandem_attn.device.kv_tiles import LoadedTiles, load_pieces
 from tandem_attn.device.partials import Results
 from tandem_attn.device.turn import pass_turn
-from tandem_attn.device.work import first_segment, next_segment, parts_of
+from tandem_attn.device.work import first_segment, next_segment, part_of, parts_of
 from tandem_attn.kernels.decode import (
     ask_for_q,
     empty_items,
@@ -105,10 +105,7 @@ def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, q_bar, counters, 
         q = _take_q(q_smem, group, c)
         rows = rows_of(work, at, group, c)
         parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share.share, results.kv_head)
-        if work.splits.shared:
-            part = share.place - at.before // share.share
-        else:
-            part = work.splits.unit_of(at.tile, at.first, at.end)
+        part = part_of(work, at, share.place, share.share)
         state = first_tile(group, q, k, it, rows, at.tile * c.tile_n, scales, c)
         for tile in range(at.tile + 1, at.stop):
             it += 1
