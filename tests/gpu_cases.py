@@ -279,7 +279,7 @@ def spec_of(case: Case, loose: int = 0) -> AttentionSpec:
     q = tensor(rows_q, case.heads, case.head_dim)
     k = tensor(rows_k, case.kv_heads, case.head_dim)
     v = tensor(rows_k, case.kv_heads, case.dim_v)
-    return attention_spec(q, k, v, lengths, Options(None, *case.bounds, case.softcap, 0))
+    return attention_spec(q, k, v, lengths, Options(None, *case.bounds, case.softcap, 0, False))
 
 
 def kernel_of(case: Case, loose: int = 0):

@@ -70,6 +70,18 @@ def test_arguments_without_effect_have_none():
         assert torch.equal(flash_attn_func(q, k, v, **harmless), plain)
 
 
+def test_explain_tells_whether_gradients_are_repeatable():
+    q, k, v = qkv(12, 4, 8)
+    starts = torch.tensor([0, 12], dtype=torch.int32)
+    for wanted in (False, True):
+        assert tandem_attn.explain(*qkv(), deterministic=wanted).spec.deterministic is wanted
+        packed = tandem_attn.explain(q, k, v, starts, starts, 12, 12, deterministic=wanted)
+        assert packed.spec.deterministic is wanted
+    assert not tandem_attn.explain(*qkv()).spec.deterministic
+    with pytest.raises(TypeError, match=r"deterministic is 1 \(int\)"):
+        tandem_attn.explain(*qkv(), deterministic=1)
+
+
 def test_return_attn_probs_adds_lse():
     q, k, v = qkv()
     assert isinstance(flash_attn_func(q, k, v), torch.Tensor)

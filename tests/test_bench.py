@@ -16,12 +16,12 @@ from tandem_attn.bench import (
     UserError,
     cases,
     check,
-    forward,
     measure,
     overhead,
     peers,
     providers,
     report,
+    tflops,
 )
 from tandem_attn.testing import Case, low_precision
 from tandem_attn.testing.budget import explicit_mask
@@ -256,7 +256,7 @@ def test_a_case_that_does_not_fit_is_reported(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_leaves_what_it_measured(tmp_path, monkeypatch):
-    real, done = forward.measure_case, []
+    real, done = tflops.measure_case, []
 
     def interrupted(one, *rest):
         if done:
@@ -264,7 +264,7 @@ def test_an_interrupted_run_leaves_what_it_measured(tmp_path, monkeypatch):
         done.append(one)
         return real(one, *rest)
 
-    monkeypatch.setattr(forward, "measure_case", interrupted)
+    monkeypatch.setattr(tflops, "measure_case", interrupted)
     status, document = run_forward(tmp_path)
     assert status == 130
     assert document["complete"] is False

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tandem_attn import cli
-from tandem_attn.bench import UserError, cases, environment, forward, peers, report
+from tandem_attn.bench import UserError, cases, environment, forward, options, peers, report, tflops
 
 ROOT = pathlib.Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def a_document(groups: list[str], gpu: str = "NVIDIA H200", **results: dict) -> 
     document["recorded_where"] = peers.recorded_where()
     document["providers"] = dict.fromkeys(results, "") | {"fa4": "not installed"}
     for one in cases.select(groups, None, CPU):
-        head = {"group": one.group, "id": one.id, "question": forward.question(one), "flops": one.flops}
+        head = {"group": one.group, "id": one.id, "question": tflops.question(one), "flops": one.flops}
         record = head | {"config": "", "results": dict(results)}
         document["cases"].append(peers.compare(record, one, document["environment"]))
     document["summary"] = peers.summary(document["cases"])
@@ -341,5 +341,5 @@ def test_settings_have_the_defaults_of_the_options():
     parser = argparse.ArgumentParser()
     forward.add_arguments(parser)
     given = parser.parse_args([])
-    settings = forward.Settings(given.repeats, given.idle_ms, not given.no_check)
-    assert dataclasses.asdict(settings) == dataclasses.asdict(forward.Settings())
+    settings = options.Settings(given.repeats, given.idle_ms, not given.no_check)
+    assert dataclasses.asdict(settings) == dataclasses.asdict(options.Settings())

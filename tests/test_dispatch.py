@@ -15,7 +15,7 @@ from tandem_attn.spec import Options, attention_spec
 
 def spec_of(*shape, device="cpu", window=(-1, -1), softcap=0.0, dtype=torch.bfloat16):
     q = torch.zeros(shape or (1, 8, 2, 64), dtype=dtype)
-    spec = attention_spec(q, q, q, None, Options(None, *window, softcap, 0))
+    spec = attention_spec(q, q, q, None, Options(None, *window, softcap, 0, False))
     return dataclasses.replace(spec, device=torch.device(device))
 
 

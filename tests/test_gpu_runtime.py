@@ -356,7 +356,7 @@ def test_opcheck(cuda, case):
     inputs = make(case, cuda)
     leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     lengths = [inputs.kwargs.get(name) for name in Lengths._fields]
-    arguments = (*leaves, *lengths, None, *case.bounds, case.softcap, 0)
+    arguments = (*leaves, *lengths, None, *case.bounds, case.softcap, 0, False)
     torch.library.opcheck(torch.ops.tandem_attn.forward.default, arguments)
 
 

@@ -8,8 +8,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from tandem_attn import dispatch, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, ops
-from tandem_attn.spec import Lengths
+from tandem_attn import (
+    dispatch,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    ops,
+    reference,
+)
+from tandem_attn.spec import Lengths, attention_spec
 from tandem_attn.testing import Case, make, run
 
 F32 = torch.float32
@@ -28,12 +35,12 @@ CASES = [
 ]
 
 
-def question(case, requires_grad=False):
+def question(case, requires_grad=False, deterministic=False):
     """The operator's flat arguments for a case."""
     inputs = make(case)
     tensors = [x.detach().clone().requires_grad_(requires_grad) for x in (inputs.q, inputs.k, inputs.v)]
     lengths = [inputs.kwargs.get(name) for name in Lengths._fields]
-    return (*tensors, *lengths, None, *case.bounds, case.softcap, 0)
+    return (*tensors, *lengths, None, *case.bounds, case.softcap, 0, deterministic)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -52,6 +59,12 @@ def test_opcheck_backward(case, with_dlse):
         (torch.randn_like(out), dlse, out, lse, *arguments),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=lambda c: c.id)
+def test_opcheck_deterministic(case):
+    arguments = question(case, requires_grad=True, deterministic=True)
+    torch.library.opcheck(torch.ops.tandem_attn.forward.default, arguments)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -85,9 +98,10 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=True, backend=counter), counter
 
 
-def test_compile_dense_with_gradients():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_compile_dense_with_gradients(deterministic):
     def attend(q, k, v):
-        return flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+        return flash_attn_func(q, k, v, causal=True, deterministic=deterministic, return_attn_probs=True)
 
     fast, counter = compiled(attend)
     for length in (7, 16, 33, 100, 2):
@@ -151,9 +165,11 @@ def test_export_with_a_dynamic_length():
 # Autograd
 
 
-def test_double_backward_is_refused_by_name():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_double_backward_is_refused_by_name(deterministic):
     q, k, v = (torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3))
-    (grad,) = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), q, create_graph=True)
+    out = flash_attn_func(q, k, v, deterministic=deterministic)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward: .*tandem_attn::backward"):
         grad.sum().backward()
 
@@ -183,16 +199,27 @@ def test_both_roads_give_the_same_bits():
         assert torch.equal(a, b) and b.requires_grad
 
 
-def test_non_contiguous_and_broadcast_output_gradients():
+def test_non_contiguous_output_gradients():
     leaves = [torch.randn(2, 9, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     dout = torch.randn(2, 4, 9, 8, dtype=torch.float64).transpose(1, 2)
     out = flash_attn_func(*leaves, causal=True)
     expected = torch.autograd.grad(out, leaves, dout.contiguous(), retain_graph=True)
-    for a, b in zip(torch.autograd.grad(out, leaves, dout, retain_graph=True), expected, strict=True):
+    for a, b in zip(torch.autograd.grad(out, leaves, dout), expected, strict=True):
         torch.testing.assert_close(a, b)
-    ones = torch.autograd.grad(out, leaves, torch.ones(()).double().expand_as(out), retain_graph=True)
-    for a, b in zip(torch.autograd.grad(out.sum(), leaves), ones, strict=True):
-        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=lambda c: c.id)
+def test_gradients_with_stride_0(case):
+    """What comes of out.sum() and lse.sum(), against the same numbers in memory of their own."""
+    inputs = make(case)
+    leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    answers = run(case, type(inputs)(*leaves, inputs.kwargs, inputs.slices))
+    for outputs in (answers[:1], answers):
+        ones = [torch.ones_like(x) for x in outputs]
+        views = [x.new_ones(()).expand_as(x) for x in outputs]
+        wanted = torch.autograd.grad(outputs, leaves, ones, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(outputs, leaves, views, retain_graph=True), wanted, strict=True):
+            assert torch.equal(a, b) and torch.count_nonzero(a) > 0
 
 
 def test_forward_mode_is_refused_not_dropped():
@@ -227,18 +254,118 @@ def test_autocast_as_for_sdpa(dtype):
     assert q.grad.dtype == F32
 
 
+# Gradients that repeat bit for bit
+
+
+def packed_once(q, k, v, **options):
+    """Each batch element as a packed sequence."""
+    starts = torch.arange(q.shape[0] + 1, dtype=torch.int32) * q.shape[1]
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    return flash_attn_varlen_func(*flat, starts, starts, q.shape[1], q.shape[1], **options)
+
+
+def qkvpacked(q, k, v, **options):
+    return flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), **options)
+
+
+FUNCTIONS = [flash_attn_func, packed_once, qkvpacked]
+
+
+def leaves_of(*shape):
+    return [torch.randn(*(shape or (2, 6, 4, 8)), requires_grad=True) for _ in range(3)]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Specs for which backward plans are made. The reference answers."""
+    seen = []
+
+    class Backend:
+        NAME, describe, forward = "recorder", str, staticmethod(reference.forward)
+
+        @staticmethod
+        def backward(spec):
+            seen.append(spec)
+            return reference.backward(spec)
+
+    monkeypatch.setattr(dispatch, "backend_for", lambda spec, requested=None: Backend)
+    return seen
+
+
+@pytest.fixture
+def torch_mode():
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_deterministic_reaches_the_backward_plan(function, asked):
+    leaves = leaves_of()
+    for given in ({}, {"deterministic": False}, {"deterministic": True}):
+        for _ in range(2):
+            torch.autograd.grad(function(*leaves, **given).sum(), leaves)
+    assert [spec.deterministic for spec in asked] == [False, True]
+
+
+MODES = {"off": (False, False), "warn": (True, True), "error": (True, False)}
+
+
+@pytest.mark.parametrize("before", MODES)
+def test_the_mode_of_torch_counts_when_the_backward_runs(before, asked, torch_mode):
+    leaves = leaves_of()
+    for mode, warn_only in MODES.values():
+        torch_mode(MODES[before][0], warn_only=MODES[before][1])
+        out = flash_attn_func(*leaves)
+        torch_mode(mode, warn_only=warn_only)
+        torch.autograd.grad(out.sum(), leaves)
+    # a plan for each: a backend may decide by the mode
+    assert [spec.deterministic for spec in asked] == [False, True, True]
+
+
+def test_the_mode_of_torch_counts_when_a_compiled_backward_runs(asked, torch_mode):
+    """Torch refuses to turn the mode on between the two; turning it off has an effect."""
+    fast, _ = compiled(flash_attn_func)
+    leaves = leaves_of()
+    torch_mode(True)
+    outs = [fast(*leaves).sum() for _ in range(2)]
+    torch.autograd.grad(outs[0], leaves)
+    torch_mode(False)
+    torch.autograd.grad(outs[1], leaves)
+    assert [spec.deterministic for spec in asked] == [True, False]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_deterministic_changes_no_bit_on_a_cpu(case, torch_mode):
+    def gradients(deterministic):
+        inputs = make(case)
+        leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        inputs.kwargs["deterministic"] = deterministic
+        out, lse = run(case, type(inputs)(*leaves, inputs.kwargs, inputs.slices))
+        torch.manual_seed(1)
+        return torch.autograd.grad((out, lse), leaves, (torch.randn_like(out), torch.randn_like(lse)))
+
+    plain, asked_for = gradients(False), gradients(True)
+    torch_mode(True)
+    for a, b, c in zip(plain, asked_for, gradients(False), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
 # Remembered plans
 
 
 def stub(monkeypatch, seen):
     class Backend:
-        NAME, backward, describe, reasons = "stub", None, str, staticmethod(lambda spec: [])
+        NAME, describe, reasons = "stub", str, staticmethod(lambda spec: [])
 
         @staticmethod
         def forward(spec):
             seen.append(spec)
             answer = (torch.zeros(()), torch.zeros(()))
             return lambda *_: answer
+
+        @staticmethod
+        def backward(spec):
+            return lambda *_: None
 
     monkeypatch.setattr(dispatch, "backend_for", lambda spec, requested=None: Backend)
 
@@ -275,13 +402,23 @@ def test_every_difference_is_a_new_question(monkeypatch):
         ((q.double(), k.double(), k.double()), {}),
     ]
     options = [{"causal": True}, {"window_size": (2, 0)}, {"window_size": (0, 2)}, {"softcap": 2.0}]
-    options += [{"softmax_scale": 0.5}, {"softmax_scale": 0.25001}, {"sm_margin": 1}]
+    options += [{"softmax_scale": 0.5}, {"softmax_scale": 0.25001}, {"sm_margin": 1}, {"deterministic": True}]
     calls += [((q, k, k), o) for o in options]
     for tensors, given in calls:
         before = len(seen)
         flash_attn_func(*tensors, **given)
         assert len(seen) == before + 1, given
     assert len(set(seen)) == len(calls)
+
+
+def test_a_backward_question_is_decided_once(monkeypatch, asked):
+    made = []
+    monkeypatch.setattr(ops, "attention_spec", lambda *args: made.append(1) or attention_spec(*args))
+    for _ in range(3):
+        leaves = leaves_of()
+        torch.autograd.grad(flash_attn_func(*leaves, causal=True).sum(), leaves)
+        torch.autograd.grad(packed_once(*leaves, softcap=2.0).sum(), leaves)
+    assert len(asked) == 2 and len(made) == 4, "a spec for each forward and each backward"
 
 
 def test_every_difference_of_packed_lengths_is_a_new_question(monkeypatch):
@@ -318,3 +455,18 @@ def test_host_time_of_a_call(monkeypatch):
     assert microseconds(lambda: flash_attn_func(q, q, q, causal=True)) < 15
     x = q[0]
     assert microseconds(lambda: flash_attn_varlen_func(x, x, x, starts, starts, 64, 64, causal=True)) < 20
+
+
+@pytest.mark.plain_empty
+def test_host_time_of_a_backward(monkeypatch):
+    """The operator behind PyTorch's dispatcher, all but the plan: 4.5 us dense, 7 us packed (2026-11-25)."""
+    stub(monkeypatch, [])
+    q, starts = torch.randn(1, 64, 8, 64), torch.tensor([0, 64], dtype=torch.int32)
+    x, options = q[0], (None, -1, 0, 0.0, 0, False)
+    dense = (q, q, q, *(None,) * len(Lengths._fields), *options)
+    packed = (x, x, x, starts, starts, None, None, 64, 64, *options)
+    for arguments, limit in ((dense, 15), (packed, 20)):
+        times = timeit.repeat(
+            lambda a=arguments: ops._backward_impl(x, None, x, x, *a), number=2000, repeat=7
+        )
+        assert min(times) / 2000 * 1e6 < limit

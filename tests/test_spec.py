@@ -133,6 +133,19 @@ DENSE = {
     "sm_margin negative": ({"sm_margin": -1}, ValueError, r"sm_margin is -1; supported: at least 0"),
     "sm_margin a float": ({"sm_margin": 2.0}, TypeError, r"sm_margin is 2.0 \(float\)"),
     "sm_margin a bool": ({"sm_margin": True}, TypeError, r"sm_margin is True"),
+    "deterministic 1": (
+        {"deterministic": 1},
+        TypeError,
+        r"deterministic is 1 \(int\); supported: True or False",
+    ),
+    "deterministic 0.0": ({"deterministic": 0.0}, TypeError, r"deterministic is 0.0 \(float\)"),
+    "deterministic None": ({"deterministic": None}, TypeError, r"deterministic is None \(NoneType\)"),
+    "deterministic a list": ({"deterministic": []}, TypeError, r"deterministic is \[\] \(list\)"),
+    "deterministic a tensor": (
+        {"deterministic": torch.tensor(True)},
+        TypeError,
+        r"deterministic is tensor\(True\) \(Tensor\)",
+    ),
 }
 
 LONG = torch.tensor([0, 4, 10])
@@ -195,6 +208,7 @@ PACKED = {
     "max a float": ({"max_seqlen_k": 6.0}, TypeError, r"max_seqlen_k is 6.0 \(float\); supported: int"),
     "max a bool": ({"max_seqlen_k": True}, TypeError, r"max_seqlen_k is True \(bool\)"),
     "max None": ({"max_seqlen_q": None}, TypeError, r"max_seqlen_q is None"),
+    "deterministic 1": ({"deterministic": 1}, TypeError, r"deterministic is 1 \(int\); .*True or False"),
     "max negative": ({"max_seqlen_q": -1}, ValueError, r"max_seqlen_q is -1; supported: at least 0"),
 }
 
@@ -212,6 +226,7 @@ def test_dense_mistakes_after_a_good_call(name):
     dense()
     dense(window_size=(2, 0), sm_margin=2)
     dense(window_size=(3, 1), sm_margin=1, softmax_scale=1.0)
+    dense(deterministic=True)
     test_dense_mistakes(name)
 
 
@@ -226,6 +241,7 @@ def test_dense_mistakes_with_gradients(name):
 def test_packed_mistakes(name):
     change, error, message = PACKED[name]
     packed()
+    packed(deterministic=True)
     with pytest.raises(error, match=message):
         packed(**change)
 
@@ -382,7 +398,7 @@ def test_reduced_windows_hide_the_same_keys():
 
 def test_a_spec_is_hashable_and_says_what_was_asked():
     q, k, v = torch.randn(2, 8, 4, 16), torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 24)
-    options = spec.Options(None, -1, 0, 0.0, 0)
+    options = spec.Options(None, -1, 0, 0.0, 0, False)
     found = spec.attention_spec(q, k, v, None, options)
     assert hash(found) == hash(spec.attention_spec(q.clone(), k, v, None, options))
     assert (found.batch, found.seqlen_q, found.seqlen_k, found.total_q, found.total_k) == (2, 8, 5, 16, 10)
@@ -392,3 +408,5 @@ def test_a_spec_is_hashable_and_says_what_was_asked():
     assert found.out_shape == (2, 8, 4, 24) and found.lse_shape == (2, 4, 8)
     shifted = torch.empty(2 * 8 * 4 * 16 + 1)[1:].view(2, 8, 4, 16)
     assert not spec.attention_spec(shifted, k, v, None, options).aligned
+    repeatable = spec.attention_spec(q, k, v, None, options._replace(deterministic=True))
+    assert repeatable.deterministic and not found.deterministic and repeatable != found

@@ -180,7 +180,7 @@ def cuda_spec(monkeypatch, capability=(8, 0), **changes):
     monkeypatch.setattr(arch, "capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     q = torch.zeros(1, 8, 2, 64, dtype=BF16)
-    spec = attention_spec(q, q, q, None, Options(None, -1, -1, 0.0, 0))
+    spec = attention_spec(q, q, q, None, Options(None, -1, -1, 0.0, 0, False))
     return dataclasses.replace(spec, device=torch.device("cuda:0"), **changes)
 
 
@@ -209,6 +209,27 @@ def test_cuda_takes_what_flash_attention_2_has(monkeypatch):
 def test_cuda_refusals(monkeypatch, changes, said):
     reasons = torch_fused.reasons(cuda_spec(monkeypatch, **changes))
     assert len(reasons) == 1 and said in reasons[0]
+
+
+@pytest.mark.parametrize(
+    "asked, mode, ours",
+    [
+        (False, "default", True),
+        (False, "warn", True),
+        (False, "error", True),
+        (True, "default", False),  # torch's backward adds up dq by atomics
+        (True, "warn", False),  # it says so, and does
+        (True, "error", True),
+    ],
+)
+def test_cuda_gradients_are_left_to_the_reference_where_they_must_repeat(monkeypatch, asked, mode, ours):
+    spec = cuda_spec(monkeypatch, deterministic=asked)
+    assert torch_fused.reasons(spec) == [], "the forward is repeatable in any case"
+    try:
+        torch.set_deterministic_debug_mode(mode)
+        assert (torch_fused.backward(spec) is not None) == ours
+    finally:
+        torch.set_deterministic_debug_mode("default")
 
 
 def test_other_devices_are_refused(monkeypatch):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Rewrite the tables of README.md from benchmarks/results/*.json, so that no number is typed by hand.
 
-A table lies between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is forward-GROUP or decode-GROUP (a
-group of `bench forward` or `bench decode`), generate or overhead, and may be followed by the name of a result
-file; without it the newest result that holds such numbers is taken. A decode table of no result says so. With
---check nothing is written, and the exit status is 1 if something would be.
+A table lies between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is forward-GROUP, backward-GROUP,
+train-GROUP or decode-GROUP (a group of `bench forward` and so on), generate or overhead, and may be followed
+by the name of a result file; without it the newest result that holds such numbers is taken. A decode table of
+no result says so. With --check nothing is written, and the exit status is 1 if something would be.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table: ")
 OURS = "tandem"
+OURS_DETERMINISTIC = "tandem-attn deterministic"
 RECORDED = " (recorded)"
 STAR = "\\* recorded earlier on a card of the same kind, not in this run."
 NOT_MEASURED = "Not measured yet."
+# benchmarks in TFLOPS: of what
+TFLOPS = {
+    "forward": "the forward pass",
+    "backward": "the backward pass alone, 2.5 times the forward's operations",
+    "train": "forward and backward together, 3.5 times the forward's operations",
+}
 
 
 class TableError(Exception):
@@ -74,17 +81,16 @@ def rewritten(document: str, results: pathlib.Path) -> tuple[str, list[str]]:
 def table(name: str, results: pathlib.Path) -> str:
     """The Markdown of a table by its marker's name."""
     kind, _, file = name.partition(" ")
+    benchmark, _, group = kind.partition("-")
     if kind in ("overhead", "generate"):
         path, document = _result(results, file, lambda d: d["kind"] == kind, name)
         lines = {"overhead": overhead_table, "generate": generate_table}[kind](document)
-    elif kind.startswith("forward-"):
-        group = kind.removeprefix("forward-")
-        path, document = _result(results, file, lambda d: _holds(d, "forward", group), name)
+    elif benchmark in TFLOPS and group:
+        path, document = _result(results, file, lambda d: _holds(d, benchmark, group), name)
         records = [record for record in document["cases"] if record["group"] == group]
         lines = grid_table(records) if group == "grid" else group_table(records)
         lines += ["", *notes(document, group, records)]
-    elif kind.startswith("decode-"):
-        group = kind.removeprefix("decode-")
+    elif benchmark == "decode" and group:
         try:
             path, document = _result(results, file, lambda d: _holds(d, "decode", group), name)
         except NoResult:
@@ -94,7 +100,7 @@ def table(name: str, results: pathlib.Path) -> str:
         records = [record for record in document["cases"] if record["group"] == group]
         lines = [*decode_table(records), "", decode_notes(document, group, records)]
     else:
-        known = "overhead, generate, forward-GROUP, decode-GROUP"
+        known = ", ".join(["overhead", "generate", *(f"{one}-GROUP" for one in (*TFLOPS, "decode"))])
         raise TableError(f"table {name!r} is unknown; supported: {known}")
     return "\n".join([*lines, "", source(path, document), ""])
 
@@ -188,15 +194,21 @@ def _number(value: float) -> str:
 
 def notes(document: dict, group: str, records: list[dict]) -> list[str]:
     """How to read a table of TFLOPS."""
-    found = ["TFLOPS of the forward pass; more is better."]
-    mean = document["summary"][group]["best"]
-    if mean["ratio"] is not None:
-        found.append(
-            f"Geometric mean of {OURS} / best peer: **{mean['ratio']:.3f}** over {mean['cases']} cases."
-        )
+    found = [f"TFLOPS of {TFLOPS[document['kind']]}; more is better."]
+    means = document["summary"][group]
+    if means["best"]["ratio"] is not None:
+        found.append(f"Geometric mean of {OURS} / best peer: {_mean(means['best'])}.")
+    if means.get("deterministic", {"ratio": None})["ratio"] is not None:
+        what = f"{OURS_DETERMINISTIC} / {OURS}"
+        found.append(f"Geometric mean of {what}: {_mean(means['deterministic'])}.")
     if any((record["best"] or {"name": ""})["name"].endswith(RECORDED) for record in records):
         found.append(STAR)
     return [" ".join(found)]
+
+
+def _mean(mean: dict) -> str:
+    lowest = f", lowest {mean['lowest']:.3f} ({mean['lowest_case']})" if "lowest" in mean else ""
+    return f"**{mean['ratio']:.3f}** over {mean['cases']} cases{lowest}"
 
 
 def decode_table(records: list[dict]) -> list[str]:

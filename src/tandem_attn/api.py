@@ -54,7 +54,9 @@ def flash_attn_func(
     softcap            if above 0, scores become softcap * tanh(scores / softcap) before masking
     num_splits         0 and 1 are the same: keys are not split
     pack_gqa           None and False are the same: query heads are not packed
-    deterministic      accepted; the forward is bitwise repeatable in any case
+    deterministic      True: dq, dk and dv are bitwise repeatable, for every head_dim; so they are if
+                       torch.use_deterministic_algorithms(True) holds when the backward runs. Otherwise a GPU
+                       may add up dq in any order. The forward, dk and dv are repeatable in any case
     sm_margin          multiprocessors that a Hopper kernel leaves idle for other work
     return_attn_probs  also return lse (the name is FlashAttention's; no probabilities are returned)
     qv, q_descale, k_descale, v_descale, attention_chunk   not written yet: NotImplementedError
@@ -71,7 +73,8 @@ def flash_attn_func(
     if attention_chunk != 0 or num_splits not in (0, 1) or pack_gqa:
         refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
     left, right = window_sides(causal, window_size)
-    out, lse = ops.attention(q, k, v, None, (softmax_scale, left, right, softcap, sm_margin))
+    options = (softmax_scale, left, right, softcap, sm_margin, deterministic)
+    out, lse = ops.attention(q, k, v, None, options)
     return (out, lse) if return_attn_probs else out
 
 
@@ -123,7 +126,8 @@ def flash_attn_varlen_func(
         refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
     left, right = window_sides(causal, window_size)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
-    out, lse = ops.attention(q, k, v, lengths, (softmax_scale, left, right, softcap, sm_margin))
+    options = (softmax_scale, left, right, softcap, sm_margin, deterministic)
+    out, lse = ops.attention(q, k, v, lengths, options)
     return (out, lse) if return_attn_probs else out
 
 
@@ -180,7 +184,8 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) 
     given = bound.arguments
     refuse_not_yet(**{name: given[name] for name in _NOT_YET})
     left, right = window_sides(given["causal"], given["window_size"])
-    options = Options(given["softmax_scale"], left, right, given["softcap"], given["sm_margin"])
+    numbers = (given[name] for name in ("softcap", "sm_margin", "deterministic"))
+    options = Options(given["softmax_scale"], left, right, *numbers)
     lengths = Lengths(*(given[name] for name in Lengths._fields)) if varlen else None
     q, k, v = ops.cast_for_autocast(q, k, v)
     return dispatch.explanation(attention_spec(q, k, v, lengths, options))

@@ -55,7 +55,7 @@ def check_types(given: Given) -> None:
 
 def check_options(options: DecodeOptions) -> DecodeOptions:
     """The same numbers as plain Python ones, or an error."""
-    shared = check_shared_options(Options(*options[:5]))
+    *shared, _ = check_shared_options(Options(*options[:5], deterministic=False))  # that is of gradients
     splits, size, interleaved = options[5:]
     check_splits(splits, size)
     if not isinstance(interleaved, bool):

@@ -17,6 +17,8 @@ USAGE_ERROR = 2
 COMMANDS = {
     ("demo",): "tandem_attn.demo",
     ("bench", "forward"): "tandem_attn.bench.forward",
+    ("bench", "backward"): "tandem_attn.bench.backward",
+    ("bench", "train"): "tandem_attn.bench.train",
     ("bench", "decode"): "tandem_attn.bench.decode",
     ("bench", "generate"): "tandem_attn.bench.generate",
     ("bench", "overhead"): "tandem_attn.bench.overhead",
@@ -26,6 +28,8 @@ HELP = {
     "demo": "see exact attention at work on this machine",
     "bench": "measure, after checking every result",
     "forward": "TFLOPS of the forward pass, next to other libraries",
+    "backward": "TFLOPS of the backward pass alone, next to other libraries",
+    "train": "TFLOPS of forward and backward together, next to other libraries",
     "decode": "GB/s of attention over a KV cache, next to other libraries",
     "generate": "tokens per second of a model that decodes, next to torch's attention",
     "overhead": "host time of a call",

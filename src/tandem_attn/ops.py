@@ -31,7 +31,8 @@ MAX_PLANS = 4096  # distinct questions remembered; the oldest goes first
 _QUESTION = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? seqused_q, Tensor? seqused_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "float? softmax_scale, SymInt window_left, SymInt window_right, float softcap, SymInt sm_margin"
+    "float? softmax_scale, SymInt window_left, SymInt window_right, float softcap, SymInt sm_margin, "
+    "bool deterministic"
 )
 _NUM_TENSORS, _NUM_LENGTHS = 3, len(Lengths._fields)
 
@@ -45,7 +46,7 @@ def plan_table() -> dict:
 
 
 _forward_plans = plan_table()  # key of a question: (plan, whether to look into the lengths at each call)
-_backward_plans = plan_table()  # AttentionSpec: plan
+_backward_plans = plan_table()  # key of a question and torch's deterministic mode: plan
 
 
 def attention(q, k, v, lengths: Lengths | None, options: tuple) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,14 +135,14 @@ def _forward(q, k, v, lengths: Lengths | None, options: tuple):
 
 def _key(q, k, v, lengths: Lengths | None, options: tuple) -> tuple | None:
     """Everything a plan may depend on. Types too: True and 1.0 equal 1, but are not accepted where it is."""
-    scale, _, _, softcap, sm_margin = options
+    scale, _, _, softcap, sm_margin, deterministic = options
     try:
         return (
             (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
             (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 == 0,
             options,
-            (type(scale), type(softcap), type(sm_margin)),
+            (type(scale), type(softcap), type(sm_margin), type(deterministic)),
             None if lengths is None else _lengths_key(lengths),
         )
     except (AttributeError, RuntimeError):
@@ -165,12 +166,22 @@ def _new_plan(key: tuple | None, q, k, v, lengths: Lengths | None, options: tupl
     return plan, looks_at_lengths
 
 
-def _backward_plan(spec):
-    plan = _backward_plans.get(spec)
+def _backward_plan(q, k, v, lengths: Lengths | None, options: Options):
+    """The plan of gradients, deterministic also if torch is told to be by the time they are computed.
+
+    The mode is part of the key as a whole (0: off, 1: warn, 2: error): what a backend decides by it holds for
+    every call that finds its plan.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    key = _key(q, k, v, lengths, options)
+    key = None if key is None else (key, mode)
+    plan = _backward_plans.get(key)
     if plan is None:
+        options = options._replace(deterministic=options.deterministic or mode != 0)
+        spec = attention_spec(q, k, v, lengths, options)
         make = dispatch.backend_for(spec).backward
         plan = (make and make(spec)) or reference.backward(spec)
-        remember(_backward_plans, spec, plan)
+        remember(_backward_plans, key, plan)
     return plan
 
 
@@ -197,7 +208,8 @@ def _forward_impl(q, k, v, *flat):
 
 def _backward_impl(dout, dlse, out, lse, q, k, v, *flat):
     lengths, options = _split(flat)
-    plan = _backward_plan(attention_spec(q, k, v, lengths, options))
+    plan = _backward_plan(q, k, v, lengths, options)
+    # dout may have any strides, 0 after out.sum(), and so may dlse and out: what plans have to live with
     return plan(dout, dlse, q, k, v, out, lse, *(lengths or (None,) * 4)[:4])
 
 

@@ -81,6 +81,7 @@ class Options(NamedTuple):
     window_right: int
     softcap: float
     sm_margin: int
+    deterministic: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ class AttentionSpec:
     v_stride: tuple[int, ...]
     aligned: bool  # all three base addresses are multiples of 16 bytes
     sm_margin: int
+    deterministic: bool = False  # gradients bitwise repeatable; the forward always is
 
     @property
     def group_size(self) -> int:
@@ -195,6 +197,7 @@ def attention_spec(q, k, v, lengths: Lengths | None, options: Options) -> Attent
         v_stride=v.stride(),
         aligned=(q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0,
         sm_margin=options.sm_margin,
+        deterministic=options.deterministic,
     )
 
 
@@ -240,14 +243,17 @@ def check_types(q, k, v, lengths: Lengths | None) -> None:
 
 def check_options(options: Options) -> Options:
     """The same numbers as plain float and int, or an error."""
-    scale, left, right, softcap, sm_margin = options
+    scale, left, right, softcap, sm_margin, deterministic = options
     if scale is not None:
         scale = _check_real("softmax_scale", scale, "a finite number, or None for 1 / sqrt(head_dim)")
     softcap = _check_real("softcap", softcap, "a finite number, 0 for none")
     if softcap < 0:
         refuse(ValueError, "softcap", softcap, "at least 0 (0: none)")
     check_int("sm_margin", sm_margin, 0)
-    return Options(scale, left, right, softcap, sm_margin)
+    if not isinstance(deterministic, bool):
+        was = f"{deterministic!r} ({type(deterministic).__name__})"
+        refuse(TypeError, "deterministic", was, "True or False")
+    return Options(scale, left, right, softcap, sm_margin, deterministic)
 
 
 def check_tensors(q, k, v, lengths: Lengths | None) -> None:

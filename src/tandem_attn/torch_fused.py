@@ -61,7 +61,7 @@ def forward(spec: AttentionSpec):
 def backward(spec: AttentionSpec):
     """The plan for gradients; see `reference.backward`, which also serves where torch cannot (dlse)."""
     if spec.device.type == "cuda":
-        return None if spec.has_seqused_k else _cuda_backward(spec)
+        return None if spec.has_seqused_k or _adds_in_any_order(spec) else _cuda_backward(spec)
     plan = _cpu_varlen_backward(spec) if spec.varlen else _cpu_backward(spec)
     return _unless_dlse(plan, spec)
 
@@ -257,6 +257,18 @@ def _cuda_forward(spec: AttentionSpec):
         return out.contiguous(), lse.masked_fill(lse == math.inf, -math.inf)
 
     return plan
+
+
+def _adds_in_any_order(spec: AttentionSpec) -> bool:
+    """Whether torch's backward would add up dq by atomics where the question forbids that.
+
+    It does unless torch's global mode is on, and even then if that only warns; it has no argument for it, and
+    setting the mode for the length of a call would set it for other threads. A plan may be decided by the
+    mode: `ops` keeps the mode in the keys of backward plans, so that a plan runs under no other.
+    """
+    strict = torch.are_deterministic_algorithms_enabled()
+    strict = strict and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return spec.deterministic and not strict
 
 
 def _cuda_backward(spec: AttentionSpec):

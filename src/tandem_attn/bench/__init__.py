@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m tandem_attn bench forward` and `bench overhead`. No number without a check."""
+"""Benchmarks: `python -m tandem_attn bench forward` and its like. No number without a check."""
 
 import argparse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Callable
@@ -16,6 +17,7 @@ GRID_TOKENS = 16384  # batch * seqlen of every cell of the grid
 GRID_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 GRID_HEADS = {64: 32, 128: 16, 256: 8}  # hidden size 2048
 GQA_SEQLENS = (2048, 4096, 8192, 16384, 32768)
+GRADIENT_GQA_SEQLENS = (2048, 8192)
 VARLEN_SEQUENCES, VARLEN_TOKENS = 32, 65536
 
 
@@ -87,11 +89,11 @@ def _grid() -> list[BenchCase]:
     return found
 
 
-def _gqa() -> list[BenchCase]:
+def _gqa(seqlens: tuple[int, ...] = GQA_SEQLENS) -> list[BenchCase]:
     """Heads of Llama 3 70B."""
     return [
         BenchCase("gqa", f"gqa-{_mask_name(causal)}-s{s}", _case(1, s, (64, 8), 128, causal=causal))
-        for causal, s in itertools.product((False, True), GQA_SEQLENS)
+        for causal, s in itertools.product((False, True), seqlens)
     ]
 
 
@@ -149,6 +151,8 @@ GROUPS = {
     "window": _window,
     "smoke": _smoke,
 }
+# of `bench backward` and `bench train`
+GRADIENT_GROUPS = GROUPS | {"gqa": functools.partial(_gqa, GRADIENT_GQA_SEQLENS)}
 
 
 def select(
@@ -192,3 +196,24 @@ def inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     kwargs |= {"max_seqlen_q": max(case.rows), "max_seqlen_k": max(case.keys)}
     slices = [[slice(*pair) for pair in itertools.pairwise(bounds)] for bounds in starts]
     return Inputs(q, k, v, kwargs, list(zip(*slices, strict=True)))
+
+
+@dataclasses.dataclass
+class GradientInputs(Inputs):
+    """Inputs that autograd differentiates, and the gradient of the output."""
+
+    dout: torch.Tensor  # shaped as the output
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q, self.k, self.v
+
+
+def differentiable(case: Case, inputs: Inputs, seed: int = 1) -> GradientInputs:
+    """The same inputs with a standard normal gradient of the output."""
+    q = inputs.q
+    generator = torch.Generator(q.device).manual_seed(seed)
+    shape = (*q.shape[:-1], case.dim_v)
+    dout = torch.randn(shape, generator=generator, device=q.device, dtype=case.dtype)
+    leaves = (x.requires_grad_() for x in (q, inputs.k, inputs.v))
+    return GradientInputs(*leaves, inputs.kwargs, inputs.slices, dout)

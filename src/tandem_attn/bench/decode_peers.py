@@ -7,7 +7,7 @@ import json
 import pathlib
 
 from tandem_attn.bench.decode_cases import DecodeBenchCase
-from tandem_attn.bench.peers import geometric_mean
+from tandem_attn.bench.peers import mean
 from tandem_attn.bench.providers import OURS
 
 RECORDED = pathlib.Path(__file__).with_name("decode_peers.json")
@@ -78,10 +78,10 @@ def summary(records: list[dict]) -> dict:
 def _of(records: list[dict], flat: bool = True) -> dict:
     found = {"cases": len(records)}
     for kind in ("best_live", "best"):
-        found[kind] = _mean({r["id"]: r[kind]["ratio"] for r in records if r[kind] and r[kind]["ratio"]})
+        found[kind] = mean({r["id"]: r[kind]["ratio"] for r in records if r[kind] and r[kind]["ratio"]})
     names = dict.fromkeys(name for record in records for name in record["ratios"])
     found["peers"] = {
-        name: _mean({r["id"]: r["ratios"][name] for r in records if name in r["ratios"]}) for name in names
+        name: mean({r["id"]: r["ratios"][name] for r in records if name in r["ratios"]}) for name in names
     }
     times = [r["results"][OURS]["median_us"] for r in records if flat and r["flat"] and _is_timed(r)]
     found["flat"] = max(times) / min(times) if len(times) > 1 else None
@@ -90,10 +90,3 @@ def _of(records: list[dict], flat: bool = True) -> dict:
 
 def _is_timed(record: dict) -> bool:
     return "median_us" in record["results"].get(OURS, {})
-
-
-def _mean(ratios: dict[str, float]) -> dict:
-    """Geometric mean and lowest; None of nothing."""
-    lowest = min(ratios, key=ratios.__getitem__, default=None)
-    mean = geometric_mean(list(ratios.values()))
-    return {"cases": len(ratios), "ratio": mean, "lowest": ratios.get(lowest), "lowest_case": lowest}

@@ -1,4 +1,4 @@
-"""How to measure: what `bench forward` and `bench decode` are asked for alike."""
+"""How to measure: what `bench forward`, `bench decode` and others are asked for alike."""
 
 from __future__ import annotations
 

@@ -8,48 +8,63 @@ import math
 import pathlib
 
 from tandem_attn.bench.cases import BenchCase
-from tandem_attn.bench.providers import OURS
+from tandem_attn.bench.providers import OURS, OURS_DETERMINISTIC
 
 RECORDED = pathlib.Path(__file__).with_name("h200_peers.json")
 
 
 @functools.cache
+def _file() -> dict:
+    return json.loads(RECORDED.read_text())
+
+
 def recorded_forward() -> dict[str, dict[str, float]]:
     """TFLOPS by cell of the grid and peer."""
-    return json.loads(RECORDED.read_text())["fwd_bf16"]
+    return _file()["fwd_bf16"]
 
 
-@functools.cache
+def recorded_backward() -> dict[str, dict[str, float]]:
+    """TFLOPS of the backward alone by cell of the grid and peer."""
+    return _file()["bwd_bf16"]
+
+
 def recorded_gpu() -> str:
     """The card of the recorded numbers."""
-    return json.loads(RECORDED.read_text())["recorded"]["gpu"]
+    return _file()["recorded"]["gpu"]
 
 
 def recorded_where() -> str:
     """Where the recorded numbers come from, in one line."""
-    recorded = json.loads(RECORDED.read_text())["recorded"]
+    recorded = _file()["recorded"]
     return f"recorded on {recorded['date']}: {recorded['where']}"
 
 
-def compare(record: dict, one: BenchCase, stamp: dict) -> dict:
+def compare(record: dict, one: BenchCase, stamp: dict, table: dict | None = None) -> dict:
     """The record of a case with its recorded peers and our ratios to the best: above 1, we are faster.
 
-    Recorded numbers count only on the card they were measured on.
+    Recorded numbers, by default the forward's, count only on the card they were measured on. Where our
+    deterministic variant was asked too, its ratio to ours is there, and it is nobody's peer.
     """
-    recorded = recorded_forward().get(one.recorded_key or "", {})
+    table = recorded_forward() if table is None else table
+    recorded = table.get(one.recorded_key or "", {})
     same_card = recorded_gpu() in ((stamp["gpu"] or {}).get("name") or "")
     live = {
         name: result["tflops"]
         for name, result in record["results"].items()
-        if name != OURS and "tflops" in result
+        if name not in (OURS, OURS_DETERMINISTIC) and "tflops" in result
     }
     counted = {f"{name} (recorded)": tflops for name, tflops in recorded.items()} if same_card else {}
-    ours = record["results"].get(OURS, {}).get("tflops")
-    return record | {
+    ours, deterministic = (
+        record["results"].get(name, {}).get("tflops") for name in (OURS, OURS_DETERMINISTIC)
+    )
+    found = record | {
         "recorded": recorded,
         "best_live": _best(ours, live),
         "best": _best(ours, live | counted),
     }
+    if OURS_DETERMINISTIC in record["results"]:
+        found["deterministic"] = {"ratio": deterministic / ours} if deterministic and ours else None
+    return found
 
 
 def _best(ours: float | None, others: dict[str, float]) -> dict | None:
@@ -70,6 +85,24 @@ def summary(records: list[dict]) -> dict:
             ratios = [r[kind]["ratio"] for r in mine if r[kind] and r[kind]["ratio"] is not None]
             found[group][kind] = {"cases": len(ratios), "ratio": geometric_mean(ratios)}
     return found
+
+
+def gradient_summary(records: list[dict]) -> dict:
+    """The same with the lowest cell of each, and of our deterministic variant over ours."""
+    found = summary(records)
+    for group, means in found.items():
+        mine = [record for record in records if record["group"] == group]
+        for kind in ("best_live", "best", "deterministic"):
+            known = {r["id"]: r[kind]["ratio"] for r in mine if r.get(kind) and r[kind]["ratio"] is not None}
+            means[kind] = mean(known)
+    return found
+
+
+def mean(ratios: dict[str, float]) -> dict:
+    """Geometric mean and lowest by case; None of nothing."""
+    lowest = min(ratios, key=ratios.__getitem__, default=None)
+    found = geometric_mean(list(ratios.values()))
+    return {"cases": len(ratios), "ratio": found, "lowest": ratios.get(lowest), "lowest_case": lowest}
 
 
 def geometric_mean(ratios: list[float]) -> float | None:

@@ -25,7 +25,8 @@ class Call:
     """One way of answering a case, ready to run any number of times."""
 
     run: Callable[[], object]  # what is timed
-    answer: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]  # the same, as (out, lse) in our layout
+    # the same, as (out, lse or None) in our layout; of a benchmark of gradients (dq, dk, dv)
+    answer: Callable[[], tuple[torch.Tensor | None, ...]]
     label: str = ""  # what really runs, where the provider's name does not say
     same_question: bool = True  # False: timed for comparison, but what it computes is something else
 
@@ -80,9 +81,11 @@ def _any_case(case: Case) -> bool:
 # Ourselves
 
 
-def _tandem(case: Case, inputs: Inputs) -> Call:
+def tandem(case: Case, inputs: Inputs, **more) -> Call:
+    """The public functions; `more` are further arguments."""
     name = "flash_attn_varlen_func" if case.varlen else "flash_attn_func"
-    function = functools.partial(getattr(tandem_attn, name), inputs.q, inputs.k, inputs.v, **inputs.kwargs)
+    function = functools.partial(getattr(tandem_attn, name), inputs.q, inputs.k, inputs.v)
+    function = functools.partial(function, **inputs.kwargs, **more)
     return Call(function, functools.partial(function, return_attn_probs=True))
 
 
@@ -143,7 +146,7 @@ def _cudnn_packed(case: Case, inputs: Inputs) -> Call:
         inputs.kwargs["cu_seqlens_k"],
         inputs.kwargs["max_seqlen_q"],
         inputs.kwargs["max_seqlen_k"],
-        False,  # no log-sum-exp, as in SDPA without gradients
+        inputs.q.requires_grad,  # log-sum-exp, as in SDPA only for gradients
         0.0,
         case.causal,
         False,
@@ -290,8 +293,9 @@ def _has_window(case: Case) -> bool:
 
 
 OURS = "tandem"
+OURS_DETERMINISTIC = "tandem-attn deterministic"  # in benchmarks of gradients
 PROVIDERS = [
-    Provider(OURS, everywhere, _any_case, _tandem),
+    Provider(OURS, everywhere, _any_case, tandem),
     Provider("sdpa-cudnn", on_cuda_only, _any_case, _sdpa_cudnn),
     Provider("sdpa-flash", on_cuda_only, lambda case: not case.varlen, _sdpa_flash),
     Provider(

@@ -12,7 +12,7 @@ import pathlib
 import sys
 
 from tandem_attn.bench import UserError
-from tandem_attn.bench.providers import OURS
+from tandem_attn.bench.providers import OURS, OURS_DETERMINISTIC
 
 FORMAT = 1
 RICH_HINT = "(for tables with colour and a progress bar: pip install rich)"
@@ -124,7 +124,11 @@ def tables(document: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         header = ["case", *live, *(f"{name}*" for name in recorded)]
         header += [f"{OURS} us", "us range", "/ best live", "/ best"]
         rows = [_row(record, live, recorded) for record in records]
-        found.append((f"{group}: forward TFLOPS", header, rows))
+        if any(OURS_DETERMINISTIC in record["results"] for record in records):
+            header.append("deterministic / not")
+            for row, record in zip(rows, records, strict=True):
+                row.append(ratio(record.get("deterministic")))
+        found.append((f"{group}: {document['kind']} TFLOPS", header, rows))
     return found
 
 
@@ -164,9 +168,16 @@ def remarks(document: dict) -> list[str]:
         for kind, what in (("best_live", "best peer of this run"), ("best", "best peer, recorded ones too")):
             mean = means[kind]
             if mean["ratio"] is not None and (kind == "best_live" or mean != means["best_live"]):
-                text = f"{mean['ratio']:.3f} x the {what} (geometric mean of {mean['cases']} cases)"
-                found.append(f"{group}: {OURS} is {text}")
+                found.append(f"{group}: {OURS} is {_mean(mean, 'x the ' + what)}")
+        mean = means.get("deterministic", {"ratio": None})
+        if mean["ratio"] is not None:
+            found.append(f"{group}: {OURS_DETERMINISTIC} is {_mean(mean, 'x ' + OURS)}")
     return found
+
+
+def _mean(mean: dict, what: str) -> str:
+    lowest = f", lowest {mean['lowest']:.3f}: {mean['lowest_case']}" if "lowest" in mean else ""
+    return f"{mean['ratio']:.3f} {what} (geometric mean of {mean['cases']} cases{lowest})"
 
 
 def some(ids: list[str]) -> str:

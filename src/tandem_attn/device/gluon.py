@@ -7,8 +7,10 @@ Everything else in `device` and `kernels` imports Gluon from here.
 import hashlib
 
 import triton
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -38,6 +40,7 @@ __all__ = [
     "reinterpreted",
     "thread_barrier",
     "tma_load",
+    "tma_reduce_add",
     "tma_store",
     "tma_store_wait",
     "warpgroup_mma",
@@ -63,6 +66,18 @@ _descriptor = gl.shared_memory_descriptor  # methods of it are called as functio
 reinterpreted = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
+
+if hasattr(tma, "async_atomic_add"):
+    tma_reduce_add = tma.async_atomic_add
+else:  # 3.6 and 3.7 do not show it, but their builder has it
+
+    @builtin
+    def tma_reduce_add(desc, coord, smem, _semantic=None):
+        """Start to add a tile of shared memory to global memory; `tma_store_wait` waits for it."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, desc.handle, coord, smem.handle)
+
 
 if hasattr(gluon, "aggregate"):
     aggregate = gluon.aggregate

@@ -13,6 +13,8 @@ writes 0.
 
 from tandem_attn.device.gluon import gl, gluon, policy
 
+UNREACHED = gl.constexpr(2**30)  # a row that no sequence has
+
 
 @policy(masks=False, has_left_edge=False)
 class NoMask:
@@ -35,6 +37,19 @@ class NoMask:
         """(first, last) key that each row may see, both inclusive."""
         return rows * 0, rows * 0 + (self.seqlen_k - 1)
 
+    @gluon.jit
+    def query_blocks(self, n_start, n_end, tile_m):
+        """(begin, end, whole_begin, whole_end) for keys n_start to n_end: blocks begin to end-1, of which
+        whole_begin to whole_end-1 see every key. Rows past seqlen_q count as seeing all: they have no weight.
+        """
+        n = (self.seqlen_q + tile_m - 1) // tile_m
+        return 0, n, 0, n
+
+    @gluon.jit
+    def key_limits(self, keys):
+        """(first, last) row that may see each key, both inclusive."""
+        return keys * 0, keys * 0 + UNREACHED
+
 
 @policy(masks=True, has_left_edge=False)
 class FullMask:
@@ -53,6 +68,16 @@ class FullMask:
     @gluon.jit
     def row_limits(self, rows):
         return rows * 0, rows * 0 + (self.seqlen_k - 1)
+
+    @gluon.jit
+    def query_blocks(self, n_start, n_end, tile_m):
+        n = (self.seqlen_q + tile_m - 1) // tile_m
+        past = min(max(n_end - self.seqlen_k, 0), 1)  # 1: keys past the end, no block is whole
+        return 0, n, past * n, n
+
+    @gluon.jit
+    def key_limits(self, keys):
+        return gl.where(keys < self.seqlen_k, 0, UNREACHED), keys * 0 + UNREACHED
 
 
 @policy(masks=True, has_left_edge=False)
@@ -75,6 +100,21 @@ class CausalMask:
     @gluon.jit
     def row_limits(self, rows):
         return rows * 0, gl.minimum(rows + (self.seqlen_k - self.seqlen_q), self.seqlen_k - 1)
+
+    @gluon.jit
+    def query_blocks(self, n_start, n_end, tile_m):
+        diagonal = self.seqlen_k - self.seqlen_q
+        end = (self.seqlen_q + tile_m - 1) // tile_m
+        # block 0 of keys is also where rows that see no key are visited
+        begin = min(max(n_start - diagonal, 0) // tile_m * min(n_start, 1), end)
+        whole = (max(n_end - 1 - diagonal, 0) + tile_m - 1) // tile_m
+        past = min(max(n_end - self.seqlen_k, 0), 1)
+        return begin, end, max(min(whole + past * end, end), begin), end
+
+    @gluon.jit
+    def key_limits(self, keys):
+        first = keys - (self.seqlen_k - self.seqlen_q)
+        return gl.where(keys < self.seqlen_k, first, UNREACHED), keys * 0 + UNREACHED
 
 
 @policy(masks=True, has_left_edge=True)
@@ -111,10 +151,42 @@ class WindowMask:
         first = rows + (diagonal - self.window_left)
         return first, gl.minimum(rows + (diagonal + self.window_right), self.seqlen_k - 1)
 
+    @gluon.jit
+    def query_blocks(self, n_start, n_end, tile_m):
+        diagonal = self.seqlen_k - self.seqlen_q
+        n = (self.seqlen_q + tile_m - 1) // tile_m
+        first = n_start - diagonal - self.window_right  # row that sees n_start
+        last = n_end - diagonal + self.window_left  # one past the last row that sees n_end - 1
+        end = min((max(last, 0) + tile_m - 1) // tile_m, n)
+        begin = min(max(first, 0) // tile_m * min(n_start, 1), end)
+        past = min(max(n_end - self.seqlen_k, 0), 1)
+        whole_begin = (max(n_end - 1 - diagonal - self.window_right, 0) + tile_m - 1) // tile_m
+        whole_begin = max(min(whole_begin + past * end, end), begin)
+        whole_end = max(n_start - diagonal + self.window_left + 1, 0) // tile_m
+        return begin, end, whole_begin, max(min(whole_end, end), whole_begin)
+
+    @gluon.jit
+    def key_limits(self, keys):
+        row = keys - (self.seqlen_k - self.seqlen_q)
+        first = gl.where(keys < self.seqlen_k, row - self.window_right, UNREACHED)
+        return first, row + self.window_left
+
 
 @gluon.jit
 def apply_mask(mask, s, m_start, n_start):
-    """Scores of rows m_start.. and keys n_start.., -inf where the mask forbids.
+    """Scores of rows m_start.. and keys n_start.., -inf where the mask forbids."""
+    return _keep_visible(mask, s, m_start, n_start, False, float("-inf"))
+
+
+@gluon.jit
+def apply_mask_transposed(mask, p, n_start, m_start):
+    """Probabilities of keys n_start.. (down) and query rows m_start.. (across), 0 where the mask forbids."""
+    return _keep_visible(mask, p, n_start, m_start, True, 0.0)
+
+
+@gluon.jit
+def _keep_visible(mask, s, down, across, transposed: gl.constexpr, fill: gl.constexpr):
+    """A tile that begins at positions (down, across), `fill` where the mask forbids.
 
     Columns as [N // 8 (registers), 4 (lanes), 2 (registers)]: register indices are constants, and a lane's
     part moves into the limit, which cut the instructions of a masked block from 360 to 136 (H200,
@@ -130,10 +202,14 @@ def apply_mask(mask, s, m_start, n_start):
     high = gl.arange(0, N // 8, gl.SliceLayout(0, gl.SliceLayout(2, columns)))
     low = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
     column = 8 * high[None, :, None, None] + low[None, None, None, :]
-    first, last = mask.row_limits(rows + m_start)
-    last = (last - n_start)[:, None, None] - 2 * lane[None, None, :]
-    x = gl.where(column <= last[:, :, :, None], x, float("-inf"))
-    if mask.has_left_edge:
-        first = (first - n_start)[:, None, None] - 2 * lane[None, None, :]
-        x = gl.where(column >= first[:, :, :, None], x, float("-inf"))
+    if transposed:
+        first, last = mask.key_limits(rows + down)
+    else:
+        first, last = mask.row_limits(rows + down)
+    if mask.has_left_edge or not transposed:
+        last = (last - across)[:, None, None] - 2 * lane[None, None, :]
+        x = gl.where(column <= last[:, :, :, None], x, fill)
+    if mask.has_left_edge or transposed:
+        first = (first - across)[:, None, None] - 2 * lane[None, None, :]
+        x = gl.where(column >= first[:, :, :, None], x, fill)
     return gl.convert_layout(x.reshape([M, N]), s.type.layout, assert_trivial=True)

@@ -13,6 +13,7 @@ whatever they hold.
 from tandem_attn.device.gluon import aggregate, gl, gluon, policy
 
 RAGGED_END = gl.constexpr(2**30)
+PADDING = gl.constexpr(128)  # rows
 
 
 @aggregate
@@ -28,9 +29,25 @@ class DenseSequence:
         return [self.batch, head, row, col]
 
     @gluon.jit
+    def swapped(self):
+        """The same with the sides of queries and keys exchanged."""
+        return DenseSequence(self.batch, self.seqlen_k, self.seqlen_q)
+
+    @gluon.jit
     def lse_row(self, head, num_heads, total_q):
         """Index of this head's first row in lse (batch, heads, seqlen_q)."""
         return (self.batch.to(gl.int64) * num_heads + head) * total_q
+
+    @gluon.jit
+    def first_row(self):
+        """First row of q in its element of the batch, or among all packed rows."""
+        return self.batch * 0
+
+    @gluon.jit
+    def padded_row(self, b, head, num_heads, padded_rows):
+        """Index of this head's first row where every sequence has whole blocks of PADDING rows: of
+        padded_rows rows per head in all."""
+        return (b * num_heads + head) * padded_rows
 
 
 @aggregate
@@ -43,6 +60,10 @@ class PackedSequence:
     seqlen_k: gl.tensor
 
     @gluon.jit
+    def swapped(self):
+        return PackedSequence(self.start_k, self.seqlen_k, self.start_q, self.seqlen_q)
+
+    @gluon.jit
     def coords(self, kind: gl.constexpr, head, row, col: gl.constexpr):
         start = self.start_q if kind == "q" else self.start_k
         length = self.seqlen_q if kind == "q" else self.seqlen_k
@@ -52,6 +73,14 @@ class PackedSequence:
     def lse_row(self, head, num_heads, total_q):
         """Index of this sequence's first row of this head in lse (heads, total_q)."""
         return head.to(gl.int64) * total_q + self.start_q
+
+    @gluon.jit
+    def first_row(self):
+        return self.start_q
+
+    @gluon.jit
+    def padded_row(self, b, head, num_heads, padded_rows):
+        return head * padded_rows + (self.start_q + b * PADDING) // PADDING * PADDING
 
 
 @policy(packed=False)

@@ -33,7 +33,6 @@ NAME = "gluon"
 MAX_DESCRIPTOR_DIM = 0x7FFF0000
 MAX_CACHED_ADDRESSES = 4096
 MAX_TILES = 2**31 - 2**16  # programs look at numbers past the last tile
-backward = None  # until the backward kernels exist, gradients come from the reference
 
 
 def reasons(spec: AttentionSpec) -> list[str]:
@@ -98,6 +97,13 @@ def describe(spec: AttentionSpec) -> str:
 def forward(spec: AttentionSpec) -> ForwardPlan:
     """The plan for a question: call it with (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)."""
     return ForwardPlan(spec, forward_config(spec))
+
+
+def backward(spec: AttentionSpec):
+    """The plan for gradients: (dout, dlse or None, q, k, v, out, lse, cu_seqlens_q, ...) -> (dq, dk, dv)."""
+    from tandem_attn.kernels.launch_backward import BackwardPlan  # most programs never need it
+
+    return BackwardPlan(spec)
 
 
 def forward_boxes(config: ForwardConfig) -> dict[str, tuple[list[int], object]]:

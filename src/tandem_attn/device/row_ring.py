@@ -1,0 +1,77 @@
+"""Stages of query rows for the backward: a tile of Q or dO together with the number per row that goes with it.
+
+As device/ring.py, but the other way round: keys stay and rows stream. Fills are numbered from 0.
+"""
+
+from tandem_attn.device.gluon import aggregate, gl, gluon, mbarrier, tma_load
+from tandem_attn.device.ring import make_barriers
+
+
+@gluon.jit
+def hidden(i: gl.constexpr):
+    """i, as a number that the compiler cannot see through.
+
+    Else it keeps every wgmma descriptor of an operand that stays in place in registers across the loop: 140 to 560 bytes of spills,
+    and wgmma serialised (C7512).
+    """
+    zero = gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    return zero + i
+
+
+@aggregate
+class RowRing:
+    """Stages of one operand and its row statistic: Q with lse (base 2), or dO with delta."""
+
+    smem: gl.shared_memory_descriptor  # [num_stages, tile_m, width]
+    stat: gl.shared_memory_descriptor  # [num_stages, tile_m] float32
+    full: gl.shared_memory_descriptor  # TMA -> consumers
+    empty: gl.shared_memory_descriptor  # consumers -> TMA; two rings may share one
+    num_stages: gl.constexpr
+
+    @gluon.jit
+    def acquire(self, i):
+        """Producer: wait until the stage of fill i is empty."""
+        mbarrier.wait(self.empty.index(i % self.num_stages), (i // self.num_stages & 1) ^ 1)
+
+    @gluon.jit
+    def fill(self, i, desc, stat_desc, coords, stat_row):
+        """Producer: start the loads of fill i, rows from `coords` of the operand and `stat_row` of its
+        statistic."""
+        stage = i % self.num_stages
+        full = self.full.index(stage)
+        mbarrier.expect(full, desc.block_type.nbytes + stat_desc.block_type.nbytes)
+        tma_load(desc, coords, full, self.smem.index(stage).reshape(desc.block_type.shape))
+        tma_load(stat_desc, [stat_row], full, self.stat.index(stage))
+
+    @gluon.jit
+    def wait(self, i):
+        """Consumer: the tile of fill i, once it has landed."""
+        mbarrier.wait(self.full.index(i % self.num_stages), i // self.num_stages & 1)
+        return self.tile(i)
+
+    @gluon.jit
+    def tile(self, i):
+        """The tile of fill i, which has been waited for."""
+        if self.num_stages == 1:
+            return self.smem.index(hidden(0))
+        else:
+            return self.smem.index(i % self.num_stages)
+
+    @gluon.jit
+    def stats(self, i, layout: gl.constexpr):
+        """The statistic of the rows of fill i, which has been waited for."""
+        return self.stat.index(i % self.num_stages).load(layout)
+
+    @gluon.jit
+    def release(self, i):
+        """Consumer: the stage of fill i may be overwritten."""
+        mbarrier.arrive(self.empty.index(i % self.num_stages), count=1)
+
+
+@gluon.jit
+def make_row_ring(desc, stat_desc, rows: gl.constexpr, width: gl.constexpr, num_stages: gl.constexpr, empty):
+    """A ring in shared memory for tiles of `desc` and rows of `stat_desc`, emptied through `empty`."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, width], desc.dtype)
+    smem = gl.allocate_shared_memory(desc.dtype, [num_stages, rows, width], layout)
+    stat = gl.allocate_shared_memory(gl.float32, [num_stages, rows], stat_desc.layout)
+    return RowRing(smem, stat, make_barriers(num_stages, 1), empty, num_stages)

@@ -1,0 +1,222 @@
+"""What the backward kernel is compiled for, and which choice measured best.
+
+`BackwardConfig` is everything the kernel knows at compile time; `backward_configs(spec)` finds the rows of
+the table. There may be two: where the accumulators of dK and dV do not fit in registers together, one launch
+makes dQ and dK, another dV.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import torch
+
+from tandem_attn.device.accumulate import AtomicAdds, TmaAdds
+from tandem_attn.device.gluon import gl
+from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
+from tandem_attn.device.schedule import DenseTiles, VarlenTiles
+from tandem_attn.device.sequence import Dense, Varlen
+from tandem_attn.kernels.config import SHARED_MEMORY, KernelConfig
+from tandem_attn.spec import AttentionSpec
+
+HEAD_DIMS = (64, 128, 256)  # widths of tiles; TMA fills the rest with zeros
+NUM_CONSUMERS = 2
+KEYS = 64  # of a consumer
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig(KernelConfig):
+    """Compile-time facts of the backward kernel. Validated here and nowhere else."""
+
+    element: str  # "bf16" or "fp16"
+    head_dim: int  # columns of a tile of Q, K, dK: one of HEAD_DIMS
+    head_dim_v: int
+    Mask: type
+    Sequences: type
+    Schedule: type
+    softcap: bool = False
+    ordered: bool = False  # tiles of keys add to dQ one after the other: repeatable
+    gradients: str = "qkv"  # or "qk", or "v"
+    tile_m: int = 64  # query rows of a block
+    q_stages: int = 2
+    do_stages: int = 2
+    ds_stages: int = 3
+    scores_ahead: bool = True  # scores of the next block are computed at the end of a step
+    late_add: bool = False  # dQ is added one step after it is in shared memory: a fence less
+    packed_ds: bool = False  # dS from rounded P by a 16-bit product: fewer registers, two more roundings
+    skip: bool = False  # the second consumer leaves out a first block that none of its keys sees
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in HEAD_DIMS or self.head_dim_v not in HEAD_DIMS:
+            raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {HEAD_DIMS}")
+        if self.gradients not in ("qkv", "qk", "v"):
+            raise ValueError(f"gradients={self.gradients!r}: qkv, qk or v")
+        if self.tile_m not in (64, 128):
+            raise ValueError(f"tile_m={self.tile_m}: 64 or 128")
+        if (
+            self.with_q
+            and self.tile_m * self.head_dim != 64 * 128
+            and self.tile_m * self.head_dim != 64 * 256
+        ):
+            raise ValueError(
+                f"tile_m={self.tile_m}, head_dim={self.head_dim}: no split of dQ between consumers"
+            )
+        if self.late_add and not self.Adds.through_smem.value:
+            raise ValueError("late_add: dQ does not go through shared memory")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
+
+    @property
+    def with_q(self) -> bool:
+        """Whether dQ and dK are made."""
+        return "q" in self.gradients
+
+    @property
+    def with_v(self) -> bool:
+        """Whether dV is made."""
+        return "v" in self.gradients
+
+    @property
+    def Adds(self) -> type:
+        """How dQ gets into its accumulator."""
+        return TmaAdds if self.dq_chunks == 1 else AtomicAdds
+
+    @property
+    def dq_chunks(self) -> int:
+        """Chunks of dQ per block and consumer."""
+        return self.tile_m * self.head_dim // (NUM_CONSUMERS * 64 * 64)
+
+    @property
+    def joint(self) -> bool:
+        """Whether Q and dO go back to the producer together: an arrival less."""
+        return self.with_q and self.with_v
+
+    @property
+    def ds_handed_back(self) -> bool:
+        """Whether a consumer says when it has read dS. With two stages of rows that go back at the end of a
+        step, three buffers keep a writer clear of the slower consumer's reads without that."""
+        return not (self.joint and self.q_stages == 2 and self.ds_stages >= 3)
+
+    @property
+    def tile_n(self) -> int:
+        return NUM_CONSUMERS * KEYS
+
+    @property
+    def dtype(self):
+        return gl.bfloat16 if self.element == "bf16" else gl.float16
+
+    def shared_layout(self, rows: int, cols: int):
+        return gl.NVMMASharedLayout.get_default_for([rows, cols], self.dtype)
+
+    @property
+    def k_layout(self):
+        return self.shared_layout(KEYS, self.head_dim)
+
+    @property
+    def v_layout(self):
+        return self.shared_layout(KEYS, self.head_dim_v)
+
+    @property
+    def ds_layout(self):
+        return self.shared_layout(KEYS, self.tile_m)
+
+    @property
+    def stat_layout(self):
+        return gl.NVMMASharedLayout(0, 32, 1)
+
+    @property
+    def dq_layout(self):
+        return gl.NVMMASharedLayout(128, 32, 2)
+
+    @property
+    def s_accumulator(self):
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.tile_m, 16])
+
+    @property
+    def dk_accumulator(self):
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.head_dim, 16])
+
+    @property
+    def dv_accumulator(self):
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.head_dim_v, 16])
+
+    @property
+    def dq_accumulator(self):
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+
+    @cached_property
+    def shared_memory(self) -> int:
+        """Bytes of tiles in shared memory, barriers not counted (under 1 KB)."""
+        k = self.tile_n * self.head_dim
+        v = self.tile_n * self.head_dim_v if self.with_q else 0
+        rows = self.tile_m * (self.q_stages * self.head_dim + self.do_stages * self.head_dim_v)
+        ds = self.ds_stages * self.tile_n * self.tile_m if self.with_q else 0
+        stats = 4 * self.tile_m * (self.q_stages + self.do_stages)
+        dq = 2 * 4 * 64 * 64 if self.with_q and self.Adds.through_smem.value else 0
+        return 2 * (k + v + rows + ds) + stats + dq
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers per thread at launch: 3 warpgroups' worth (the producer warp is padded to one)."""
+        return 168
+
+    @property
+    def worker_registers(self) -> list[int]:
+        """Registers of the partitions after the first, which gets what is left; multiples of 8."""
+        return [240, 24]
+
+    def __str__(self) -> str:
+        fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
+        flags = [name for name in fields if getattr(self, name)]
+        policies = (c.__name__ for c in (self.Mask, self.Sequences))
+        return (
+            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, d{', d'.join(self.gradients)}: "
+            f"{NUM_CONSUMERS}x{KEYS} keys x {self.tile_m} rows, {self.q_stages} stages, "
+            f"{', '.join(policies)}, {', '.join(flags) or 'no flags'}, {self.shared_memory // 1024} KB shared"
+        )
+
+
+def native_head_dim(head_dim: int) -> int:
+    """The smallest tile width that holds head_dim columns."""
+    return next(d for d in HEAD_DIMS if d >= head_dim)
+
+
+_NARROW = {
+    64: dict(tile_m=128, packed_ds=True),
+    128: dict(tile_m=64),
+}
+_WIDE = (
+    dict(gradients="qk", q_stages=1, do_stages=1, ds_stages=2, scores_ahead=False),
+    dict(gradients="v", ds_stages=1),
+)
+
+
+def backward_configs(spec: AttentionSpec) -> tuple[BackwardConfig, ...]:
+    """The compile-time configurations, in order of launch, for a question that the gluon backend accepts."""
+    if spec.window.left >= 0 or spec.window.right > 0:
+        mask = WindowMask
+    elif spec.window.right == 0:
+        mask = CausalMask
+    elif not spec.varlen and spec.seqlen_k % (NUM_CONSUMERS * KEYS) == 0:
+        mask = NoMask
+    else:
+        mask = FullMask
+    head_dim, head_dim_v = native_head_dim(spec.head_dim), native_head_dim(spec.head_dim_v)
+    wide = max(head_dim, head_dim_v)
+    choices = _WIDE if wide > 128 else (_NARROW[wide],)
+    if wide == 128:
+        head_dim = head_dim_v = 128
+    if wide > 128:
+        head_dim = 256
+    shared = dict(
+        element="bf16" if spec.dtype == torch.bfloat16 else "fp16",
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        Mask=mask,
+        Sequences=Varlen if spec.varlen else Dense,
+        Schedule=VarlenTiles if spec.varlen else DenseTiles,
+        softcap=spec.softcap > 0.0,
+        ordered=getattr(spec, "deterministic", False),
+    )
+    return tuple(BackwardConfig(**shared | choice) for choice in choices)
