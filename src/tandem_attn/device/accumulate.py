@@ -4,9 +4,9 @@ The accumulator is made of chunks of 64 rows x 64 columns, each 4096 numbers in 
 accumulator lies in registers (`in_register_order`): 16 bytes of a thread follow one another, then its lanes,
 so that neither shared memory nor atomics see a conflict. `kernels/backward_rows.py` brings it back.
 
-Ordered, the tiles of keys of a chunk add one after the other, which makes sums repeatable to the bit. A
-counter per chunk says how many have added; the first writes instead of adding, so nothing has to be zero
-before. A program waits only for programs that were launched before it.
+Ordered, the tiles of keys of a chunk add one after the other, the last keys first, which makes sums
+repeatable to the bit. A counter per chunk says how many have added; the first writes instead of adding, so
+nothing has to be zero before. A program waits only for programs that were launched before it.
 """
 
 from tandem_attn.device.gluon import (
@@ -15,12 +15,12 @@ from tandem_attn.device.gluon import (
     fence_async_shared,
     gl,
     gluon,
-    policy,
-    thread_barrier,
+    mbarrier,
     tma_reduce_add,
     tma_store,
     tma_store_wait,
 )
+from tandem_attn.device.ring import make_barriers
 
 CHUNK = gl.constexpr(64)  # rows and columns
 
@@ -29,14 +29,8 @@ CHUNK = gl.constexpr(64)  # rows and columns
 class Place:
     """Where a part of dQ goes, and when."""
 
-    chunk: gl.tensor  # the first one; negative: nowhere
+    chunk: gl.tensor
     rank: gl.tensor  # ordered: how many tiles of keys add before
-
-
-@gluon.jit
-def nowhere(x):
-    """No place; x: any int32."""
-    return Place(x * 0 - 1, x * 0)
 
 
 @gluon.jit
@@ -65,121 +59,79 @@ def _wait_for(counter, value):
     )
 
 
-@gluon.jit
-def _count_bulk(counter):
-    """Add one to the counter when all TMA stores of this warpgroup are complete in memory.
+@gluon.constexpr_function
+def _count_asm(under_way):
+    return (
+        "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.wait_group "
+        + f"{under_way}; @p fence.proxy.async; @p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }}"
+    )
 
-    One thread issues them and one counts: elected in the same way from the first warp.
+
+@gluon.jit
+def _count(counter, under_way: gl.constexpr):
+    """Add one to the counter when all TMA stores of this warp but the last `under_way` are complete in memory.
+
+    For partitions of one warp: the thread elected here is the one elected to start them.
     """
     gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; elect.sync _|p, 0xffffffff; mov.u32 t, %tid.x; and.b32 t, t, 96;"
-        " setp.eq.and.s32 p, t, 0, p; @p cp.async.bulk.wait_group 0; @p fence.proxy.async;"
-        " @p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, t; }",
-        "=r,l",
-        [counter.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        _count_asm(under_way), "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@aggregate
+class Adds:
+    """A chunk per block and consumer: its registers go to a buffer, which a warp per consumer adds by TMA.
+
+    That warp waits for its turn and for the memory, and the consumer for neither.
+    """
+
+    desc: base_value  # [chunks * 128, 32]
+    counters: gl.tensor
+    ordered: gl.constexpr
+    smem: gl.shared_memory_descriptor  # [2, 128, 32] float32: a buffer per consumer
+    full: gl.shared_memory_descriptor  # consumer -> adding warp
+    empty: gl.shared_memory_descriptor  # adding warp -> consumer
+
+    @gluon.jit
+    def put(self, group: gl.constexpr, number, dq):
+        """Consumer: put number 0, 1, ... of its dQ into the buffer, once that is empty."""
+        mbarrier.wait(self.empty.index(group), (number & 1) ^ 1)
+        self.smem.index(group).store(in_register_order(dq).reshape([128, 32]))
+        fence_async_shared()
+        mbarrier.arrive(self.full.index(group), count=1)
+
+    @gluon.jit
+    def add(self, group: gl.constexpr, number, place, before):
+        """Adding warp: add put `number` to the accumulator; `before`: the chunk of the put before.
+
+        That one is counted now: it has had a step's time to become complete.
+        """
+        coords = [place.chunk * 128, 0]
+        buffer = self.smem.index(group)
+        if self.ordered:
+            _wait_for(self.counters + place.chunk, place.rank)
+            mbarrier.wait(self.full.index(group), number & 1)
+            if place.rank == 0:
+                tma_store(self.desc, coords, buffer)
+            else:
+                tma_reduce_add(self.desc, coords, buffer)
+            if number > 0:
+                _count(self.counters + before, 1)
+        else:
+            mbarrier.wait(self.full.index(group), number & 1)
+            tma_reduce_add(self.desc, coords, buffer)
+        tma_store_wait(0)
+        mbarrier.arrive(self.empty.index(group), count=1)
+
+    @gluon.jit
+    def finish(self, last):
+        """Adding warp: count the last chunk."""
+        if self.ordered:
+            _count(self.counters + last, 0)
 
 
 @gluon.jit
-def _count(counter):
-    """Add one to the counter when everything that this warpgroup has written is in memory."""
-    gl.inline_asm_elementwise(
-        "fence.acq_rel.gpu; mov.b32 $0, $1;",
-        "=r,r",
-        [gl.program_id(0)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    thread_barrier()
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.s32 p, t, 0;"
-        " @p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, t; }",
-        "=r,l",
-        [counter.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@policy(through_smem=True)
-class TmaAdds:
-    """One chunk per step and consumer: registers to shared memory, and TMA adds it to global memory."""
-
-    desc: base_value  # [chunks * 128, 32]
-    smem: gl.shared_memory_descriptor  # [2, 128, 32] float32: a buffer per consumer
-    counters: gl.tensor
-    ordered: gl.constexpr
-
-    @gluon.jit
-    def keep(self, group: gl.constexpr, dq):
-        """Put dQ into the buffer, once TMA has read what was there."""
-        flat = in_register_order(dq).reshape([128, 32])
-        tma_store_wait(0)
-        self.smem.index(group).store(flat)
-
-    @gluon.jit
-    def add_kept(self, group: gl.constexpr, place, before):
-        """Start to add the buffer; a proxy fence must have come between. `before`: what was added last."""
-        if self.ordered:
-            self.finish(before)
-            _wait_for(self.counters + place.chunk, place.rank)
-        buffer = self.smem.index(group)
-        if self.ordered:
-            if place.rank == 0:
-                tma_store(self.desc, [place.chunk * 128, 0], buffer)
-            else:
-                tma_reduce_add(self.desc, [place.chunk * 128, 0], buffer)
-        else:
-            tma_reduce_add(self.desc, [place.chunk * 128, 0], buffer)
-
-    @gluon.jit
-    def add_chunk(self, group: gl.constexpr, place, number: gl.constexpr, dq, before):
-        """Start to add dQ. number: 0."""
-        self.keep(group, dq)
-        fence_async_shared()
-        self.add_kept(group, place, before)
-
-    @gluon.jit
-    def finish(self, last):
-        """Let others add to where this consumer has added last."""
-        if self.ordered:  # noqa: SIM102 (known at compile time, unlike the inner one)
-            if last.chunk >= 0:
-                _count_bulk(self.counters + last.chunk)
-
-
-@policy(through_smem=False)
-class AtomicAdds:
-    """Two chunks per step and consumer, by vector atomics from registers: no shared memory to spare."""
-
-    ptr: gl.tensor
-    counters: gl.tensor
-    ordered: gl.constexpr
-
-    @gluon.jit
-    def add_chunk(self, group: gl.constexpr, place, number: gl.constexpr, dq, before):
-        """Add chunk `number` of a consumer's part of dQ; they come in order."""
-        if self.ordered and number == 0:
-            self.finish(before)
-            _wait_for(self.counters + place.chunk, place.rank)
-        flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-        x = gl.convert_layout(in_register_order(dq).reshape([4096]), flat, assert_trivial=True)
-        to = self.ptr + (place.chunk + number).to(gl.int64) * 4096 + gl.arange(0, 4096, flat)
-        if self.ordered:
-            if place.rank == 0:
-                gl.store(to, x)
-            else:
-                gl.atomic_add(to, x, sem="relaxed", scope="gpu")
-        else:
-            gl.atomic_add(to, x, sem="relaxed", scope="gpu")
-
-    @gluon.jit
-    def finish(self, last):
-        """Let others add to where this consumer has added last."""
-        if self.ordered:  # noqa: SIM102 (known at compile time, unlike the inner one)
-            if last.chunk >= 0:
-                _count(self.counters + last.chunk)
+def make_adds(desc, counters, ordered: gl.constexpr):
+    """With its buffers in shared memory."""
+    buffers = gl.allocate_shared_memory(gl.float32, [2, 128, 32], desc.layout)
+    return Adds(desc, counters, ordered, buffers, make_barriers(2, 1), make_barriers(2, 1))

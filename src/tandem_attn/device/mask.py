@@ -179,6 +179,12 @@ def apply_mask(mask, s, m_start, n_start):
 
 
 @gluon.jit
+def apply_mask_to_probabilities(mask, p, m_start, n_start):
+    """Probabilities of rows m_start.. and keys n_start.., 0 where the mask forbids."""
+    return _keep_visible(mask, p, m_start, n_start, False, 0.0)
+
+
+@gluon.jit
 def apply_mask_transposed(mask, p, n_start, m_start):
     """Probabilities of keys n_start.. (down) and query rows m_start.. (across), 0 where the mask forbids."""
     return _keep_visible(mask, p, n_start, m_start, True, 0.0)

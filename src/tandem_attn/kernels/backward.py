@@ -13,11 +13,11 @@ and dV stay in registers to the end. Step i, with S^T(i) = K Q^T already there:
 
 dQ lags by one block, so that consumers need not meet inside a step; each makes one half of it. Whatever a
 step starts it also waits for: one wgmma in flight across the loop's back edge, and ptxas serialises all.
-Where dK and dV do not fit in registers together (head_dim 192 and 256) there are two launches: one makes dQ
-and dK, the other dV. Why each of these is so, what it measured, and the budgets: docs/kernels/backward.md.
+Where dK and dV do not fit in registers together (head_dim 192 and 256) there are two launches, one for dK and
+one for dV, and dQ has a kernel of its own, kernels/backward_queries.py. Why each of these is so, what it measured, and the budgets: docs/kernels/backward.md.
 """
 
-from tandem_attn.device.accumulate import Place, nowhere
+from tandem_attn.device.accumulate import Place, make_adds
 from tandem_attn.device.gluon import (
     aggregate,
     base_value,
@@ -67,7 +67,6 @@ class Shared:
     do: RowRing  # dO with delta, or for dV alone with lse
     ds: gl.shared_memory_descriptor  # [ds_stages * 2, 64, tile_m]: dS^T, a half per consumer
     ds_full: gl.shared_memory_descriptor  # both halves are there
-    ds_empty: gl.shared_memory_descriptor  # both consumers have read both halves
 
 
 @aggregate
@@ -99,9 +98,6 @@ class State:
     s: gl.tensor  # S^T of the next block, if scores are computed ahead
     dk: gl.tensor
     dv: gl.tensor
-    pending: Place  # of dQ whose dS is in shared memory
-    kept: Place  # of dQ in the buffer, not yet added
-    added: Place  # of dQ that was added last
 
 
 @gluon.jit
@@ -134,18 +130,17 @@ def _start_dp(problem, shared, group: gl.constexpr, do):
 
 
 @gluon.jit
-def _start_dq(problem, shared, group: gl.constexpr, t, chunk: gl.constexpr = 0):
-    """Start a chunk of this consumer's half of dQ = dS K from put t: half the columns, or with 128 rows half
-    of those."""
+def _start_dq(problem, shared, group: gl.constexpr, t):
+    """Start this consumer's half of dQ = dS K from put t: 64 of the columns, or of the rows where there are
+    128."""
     c: gl.constexpr = problem.config.static
-    if chunk == 0:
-        mbarrier.wait(shared.ds_full.index(t % c.ds_stages), t // c.ds_stages & 1)
+    mbarrier.wait(shared.ds_full.index(t % c.ds_stages), t // c.ds_stages & 1)
     dq = gl.zeros([64, 64], gl.float32, c.dq_accumulator)
     for half in gl.static_range(2):
         ds = shared.ds.index(t % c.ds_stages * 2 + half)
         k = shared.k.index(hidden(half))
         if c.tile_m == 64:
-            k = k.slice(64 * (c.dq_chunks * group + chunk), 64, dim=1)
+            k = k.slice(64 * group, 64, dim=1)
         else:
             ds = ds.slice(64 * group, 64, dim=1)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=half > 0, is_async=True)
@@ -156,8 +151,6 @@ def _start_dq(problem, shared, group: gl.constexpr, t, chunk: gl.constexpr = 0):
 def _put_ds(problem, shared, group: gl.constexpr, t, ds):
     """Put number t of this consumer's dS^T into shared memory."""
     c: gl.constexpr = problem.config.static
-    if c.ds_handed_back:
-        mbarrier.wait(shared.ds_empty.index(t % c.ds_stages), (t // c.ds_stages & 1) ^ 1)
     shared.ds.index(t % c.ds_stages * 2 + group).store(ds)
     fence_async_shared()
     mbarrier.arrive(shared.ds_full.index(t % c.ds_stages), count=1)
@@ -167,7 +160,7 @@ def _put_ds(problem, shared, group: gl.constexpr, t, ds):
 def _probabilities(problem, shared, group: gl.constexpr, tile, i, m_start, s, masked: gl.constexpr):
     """(P^T, P^T times the slope of the softcap) of block i from its scores."""
     c: gl.constexpr = problem.config.static
-    if c.with_q:
+    if c.with_k:
         lse = shared.q.stats(i, gl.SliceLayout(0, c.s_accumulator))
     else:  # the stage of Q is already on its way back
         lse = shared.do.stats(i, gl.SliceLayout(0, c.s_accumulator))
@@ -195,33 +188,7 @@ def _score_gradient(problem, shared, i, p16, sloped, dp):
 
 
 @gluon.jit
-def _add_pending(adds, group: gl.constexpr, dq, state, added, late: gl.constexpr):
-    """Send dQ of the block before on its way: (kept, added)."""
-    kept = state.kept
-    if late:
-        if state.pending.chunk >= 0:
-            adds.keep(group, dq)
-        kept = state.pending
-    else:
-        if state.pending.chunk >= 0:
-            adds.add_chunk(group, state.pending, 0, dq, added)
-            added = state.pending
-    return kept, added
-
-
-@gluon.jit
-def _add_late(adds, group: gl.constexpr, state, late: gl.constexpr):
-    """After a proxy fence: start the add of what the step before has kept; what was added last."""
-    added = state.added
-    if late:  # noqa: SIM102 (known at compile time, unlike the inner one)
-        if state.kept.chunk >= 0:
-            adds.add_kept(group, state.kept, added)
-            added = state.kept
-    return added
-
-
-@gluon.jit
-def _step(problem, shared, adds, group: gl.constexpr, tile, i, m_start, place, state, masked: gl.constexpr):
+def _step(problem, shared, adds, group: gl.constexpr, tile, i, m_start, state, masked: gl.constexpr):
     """Block i with scores computed ahead: see the top of the file. Returns the next state."""
     c: gl.constexpr = problem.config.static
     do = shared.do.wait(i)
@@ -233,59 +200,37 @@ def _step(problem, shared, adds, group: gl.constexpr, tile, i, m_start, place, s
     dp = warpgroup_mma_wait(1, deps=(dp,))
     ds = _score_gradient(problem, shared, i, p16, sloped, dp)
     _put_ds(problem, shared, group, i + 1, ds)
-    added = _add_late(adds, group, state, c.late_add)
-
     dq = _start_dq(problem, shared, group, i)
     operand_k: gl.constexpr = gl.DotOperandLayout(0, c.dk_accumulator, 2)
     q = shared.q.tile(i)
     dk = warpgroup_mma(gl.convert_layout(ds, operand_k, assert_trivial=True), q, state.dk, is_async=True)
     dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
-    kept, added = _add_pending(adds, group, dq, state, added, c.late_add)
+    if i > 0:
+        adds.put(group, i - 1, dq)
     s = _start_scores(problem, shared, group, gl.minimum(i + 1, tile.count - 1))  # the last is of no use
     dk, dv, s = warpgroup_mma_wait(0, deps=(dk, dv, s))
     shared.q.release(i)
-    return State(s, dk, dv, place, kept, added)
+    return State(s, dk, dv)
 
 
 @gluon.jit
-def _step_qk(problem, shared, adds, group: gl.constexpr, tile, i, m_start, place, state,
-             masked: gl.constexpr):  # fmt: skip
-    """Block i for dQ and dK alone, one stage of Q and of dO.
-
-    dO is free early, so dP comes first: while the next dO and Q are on their way, dQ and dP run.
-    """
+def _step_k(problem, shared, group: gl.constexpr, tile, i, m_start, state, masked: gl.constexpr):
+    """Block i for dK alone: the exponentials run beside dP."""
     c: gl.constexpr = problem.config.static
+    started = _start_scores(problem, shared, group, i)
     do = shared.do.wait(i)
     dp = _start_dp(problem, shared, group, do)
-    s = _start_scores(problem, shared, group, i)
-    dp, s = warpgroup_mma_wait(0, deps=(dp, s))
+    s = warpgroup_mma_wait(1, deps=(started,))
     p, sloped = _probabilities(problem, shared, group, tile, i, m_start, s, masked)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
     ds = _score_gradient(problem, shared, i, p, sloped, dp)
     shared.do.release(i)
-    _put_ds(problem, shared, group, i + 1, ds)
     operand: gl.constexpr = gl.DotOperandLayout(0, c.dk_accumulator, 2)
     q = shared.q.tile(i)
     dk = warpgroup_mma(gl.convert_layout(ds, operand, assert_trivial=True), q, state.dk, is_async=True)
-    dq = _start_dq(problem, shared, group, i)
-    dk = warpgroup_mma_wait(2, deps=(dk,))  # dQ is two
+    dk = warpgroup_mma_wait(0, deps=(dk,))
     shared.q.release(i)
-    added = _finish_chunks(problem, shared, adds, group, i, dq, state.pending, state.added)
-    return State(state.s, dk, state.dv, place, state.kept, added)
-
-
-@gluon.jit
-def _finish_chunks(problem, shared, adds, group: gl.constexpr, t, started, place, added):
-    """Add the chunks of dQ of put t one after the other, the first of which has started; what was added."""
-    c: gl.constexpr = problem.config.static
-    for chunk in gl.static_range(c.dq_chunks):
-        if chunk > 0:
-            started = _start_dq(problem, shared, group, t, chunk)
-        dq = warpgroup_mma_wait(0, deps=(started,))
-        if place.chunk >= 0:
-            adds.add_chunk(group, place, chunk, dq, added)
-        if c.ds_handed_back and chunk == c.dq_chunks - 1:
-            mbarrier.arrive(shared.ds_empty.index(t % c.ds_stages), count=1)
-    return place
+    return State(state.s, dk, state.dv)
 
 
 @gluon.jit
@@ -303,19 +248,19 @@ def _step_v(problem, shared, group: gl.constexpr, tile, i, m_start, state, maske
         shared.q.release(i + 1)
     dv = warpgroup_mma_wait(0, deps=(dv,))
     shared.do.release(i)
-    return State(s, state.dk, dv, state.pending, state.kept, state.added)
+    return State(s, state.dk, dv)
 
 
 @gluon.jit
 def _place(problem, tile, group: gl.constexpr, statistics, m):
     """Where this consumer's half of dQ of block m goes."""
     c: gl.constexpr = problem.config.static
-    chunk = (statistics + m * c.tile_m) // 64 * (c.head_dim // 64) + group * c.dq_chunks
+    chunk = (statistics + m * c.tile_m) // 64 * (c.head_dim // 64) + group
     rank = chunk * 0
     if c.ordered:
         m_start = m * c.tile_m
         n_end, count, right, left = tile.mask.key_blocks(m_start, m_start + c.tile_m, c.tile_n)
-        rank = tile.n_start // c.tile_n - (n_end - count)
+        rank = n_end - 1 - tile.n_start // c.tile_n
     return Place(chunk, rank)
 
 
@@ -324,16 +269,13 @@ def _blocks(problem, shared, adds, group: gl.constexpr, tile, g, state, begin, e
     """Blocks begin to end - 1 of query head g of the group."""
     c: gl.constexpr = problem.config.static
     first = g * (tile.end - tile.begin) - tile.begin
-    statistics = tile.statistics(problem, g)
     for m in range(begin, end):
         i = first + m
         m_start = m * c.tile_m
         if c.with_q:
-            place = _place(problem, tile, group, statistics, m)
-            if c.scores_ahead:
-                state = _step(problem, shared, adds, group, tile, i, m_start, place, state, masked)
-            else:
-                state = _step_qk(problem, shared, adds, group, tile, i, m_start, place, state, masked)
+            state = _step(problem, shared, adds, group, tile, i, m_start, state, masked)
+        elif c.with_k:
+            state = _step_k(problem, shared, group, tile, i, m_start, state, masked)
         else:
             state = _step_v(problem, shared, group, tile, i, m_start, state, masked)
     return state
@@ -342,20 +284,19 @@ def _blocks(problem, shared, adds, group: gl.constexpr, tile, g, state, begin, e
 @gluon.jit
 def _consumer(group: gl.constexpr, problem, shared, adds, tile, dk_desc, dv_desc):
     c: gl.constexpr = problem.config.static
-    none = nowhere(tile.kv_head)
     s = gl.zeros([64, c.tile_m], gl.float32, c.s_accumulator)
     if c.with_q:
         _put_ds(problem, shared, group, 0, s.to(c.dtype))
     mbarrier.wait(shared.kv_full.index(0), 0)
-    if c.scores_ahead:
+    if c.with_v:  # scores are computed ahead
         s = warpgroup_mma_wait(0, deps=(_start_scores(problem, shared, group, 0),))
         if not c.joint:
             shared.q.release(0)
-    if c.with_q:
+    if c.with_k:
         mbarrier.wait(shared.kv_full.index(1), 0)
     dk = gl.zeros([64, c.head_dim], gl.float32, c.dk_accumulator)
     dv = gl.zeros([64, c.head_dim_v], gl.float32, c.dv_accumulator)
-    state = State(s, dk, dv, none, none, none)
+    state = State(s, dk, dv)
     for g in range(problem.group_size):
         whole = tile.begin
         if c.Mask.masks:
@@ -366,22 +307,12 @@ def _consumer(group: gl.constexpr, problem, shared, adds, tile, dk_desc, dv_desc
             state = _blocks(problem, shared, adds, group, tile, g, state, tile.whole_end, tile.end, True)
     if c.with_q:  # noqa: SIM102 (known at compile time, unlike the inner one)
         if tile.count > 0:
-            _finish_dq(problem, shared, adds, group, tile, state)
-    if c.scores_ahead:  # noqa: SIM102
+            started = _start_dq(problem, shared, group, tile.count)
+            adds.put(group, tile.count - 1, warpgroup_mma_wait(0, deps=(started,)))
+    if c.with_v:  # noqa: SIM102
         if tile.count == 0:
             shared.do.wait(0)  # no load may be under way when the program ends
     _store(problem, shared, group, tile, state, dk_desc, dv_desc)
-
-
-@gluon.jit
-def _finish_dq(problem, shared, adds, group: gl.constexpr, tile, state):
-    """Add what is left of dQ: that of the last block, and perhaps that of the one before."""
-    c: gl.constexpr = problem.config.static
-    fence_async_shared()
-    added = _add_late(adds, group, state, c.late_add)
-    started = _start_dq(problem, shared, group, tile.count)
-    _finish_chunks(problem, shared, adds, group, tile.count, started, state.pending, added)
-    adds.finish(state.pending)
 
 
 @gluon.jit
@@ -391,7 +322,7 @@ def _store(problem, shared, group: gl.constexpr, tile, state, dk_desc, dv_desc):
     named_barrier("bar.sync", EVERYONE, 256)
     n_start = tile.n_start + 64 * group
     coords = tile.sequence.coords("k", tile.kv_head, n_start, 0)
-    if c.with_q:
+    if c.with_k:
         smem = shared.k.index(group)
         smem.store((state.dk * problem.scale).to(c.dtype))
         fence_async_shared()
@@ -418,11 +349,11 @@ def _load_keys(shared, number: gl.constexpr, smem, desc, tile):
 def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc):
     c: gl.constexpr = problem.config.static
     _load_keys(shared, 0, shared.k, k_desc, tile)
-    if c.with_q:
+    if c.with_k:
         _load_keys(shared, 1, shared.v, v_desc, tile)
     heads = problem.group_size
     end = tile.end
-    if c.scores_ahead:  # consumers look at block 0 in any case
+    if c.with_v:  # consumers look at block 0 in any case
         heads = gl.where(tile.count > 0, heads, 1)
         end = gl.maximum(end, tile.begin + 1)
     i = 0
@@ -437,10 +368,26 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)
             if not c.joint:
                 shared.do.acquire(i)
             with_do = statistics + row
-            if c.with_q:
+            if c.with_k:
                 with_do += problem.delta_start
             shared.do.fill(i, do_desc, stat_desc, coords, with_do)
             i += 1
+
+
+@gluon.jit
+def _add_dq(group: gl.constexpr, problem, adds, tile):
+    """The warp that adds what one consumer has put."""
+    number = 0
+    before = tile.begin * 0
+    for g in range(problem.group_size):
+        statistics = tile.statistics(problem, g)
+        for m in range(tile.begin, tile.end):
+            place = _place(problem, tile, group, statistics, m)
+            adds.add(group, number, place, before)
+            before = place.chunk
+            number += 1
+    if number > 0:
+        adds.finish(before)
 
 
 @gluon.jit
@@ -453,20 +400,11 @@ def _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config: gl.constexp
     do = make_row_ring(do_desc, stat_desc, c.tile_m, c.head_dim_v, c.do_stages, do_empty)
     v = k
     ds = k
-    if c.with_q:
+    if c.with_k:
         v = gl.allocate_shared_memory(c.dtype, [2, 64, c.head_dim_v], c.v_layout)
+    if c.with_q:
         ds = gl.allocate_shared_memory(c.dtype, [2 * c.ds_stages, 64, c.tile_m], c.ds_layout)
-    return Shared(k, v, make_barriers(2, 1), q, do, ds, make_barriers(c.ds_stages, 2), make_barriers(c.ds_stages, 2))
-
-
-@gluon.jit
-def _make_adds(dq_desc, dq_ptr, counters, config: gl.constexpr):
-    c: gl.constexpr = config.static
-    if c.Adds.through_smem:
-        buffers = gl.allocate_shared_memory(gl.float32, [2, 128, 32], c.dq_layout)
-        return c.Adds(dq_desc, buffers, counters, c.ordered)
-    else:
-        return c.Adds(dq_ptr, counters, c.ordered)
+    return Shared(k, v, make_barriers(2, 1), q, do, ds, make_barriers(c.ds_stages, 2))
 
 
 # nothing about lengths, heads or alignment makes another kernel
@@ -477,13 +415,13 @@ def _make_adds(dq_desc, dq_ptr, counters, config: gl.constexpr):
     ],
     do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"],
 )
-def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_desc, stat_desc, dq_ptr, counters,
+def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_desc, stat_desc, counters,
                        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch, num_kv_heads, group_size,
                        seqlen_q, seqlen_k, window_left, window_right, padded_rows, delta_start, group, heads_magic,
                        group_magic, last_magic, tiles_magic, scale_log2, inner_scale,
                        config: gl.constexpr):  # fmt: skip
     """seqlen_q, seqlen_k, cu_seqlens, seqused, group and ..._magic: as in the forward kernel, for tiles of
-    keys; dq_desc and dq_ptr: the accumulator; counters: int32 zeros, one per chunk of it."""
+    keys; dq_desc: the accumulator; counters: int32 zeros, one per chunk of it."""
     c: gl.constexpr = config.static
     scale = scale_log2 * LN2
     if c.softcap:
@@ -498,16 +436,28 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_des
     sequence = by_keys.sequence(index).swapped()
     if found:
         mask = c.Mask(sequence.seqlen_q, sequence.seqlen_k, window_left, window_right)
-        # the schedule begins with the last blocks, which here are shortest
-        n_start = ((sequence.seqlen_k + (c.tile_n - 1)) // c.tile_n - 1 - block) * c.tile_n
+        # The schedule begins with the last blocks. Where keys add to dQ in order, that lets each tile of keys
+        # run two blocks behind the one it waits for; else the long ones, which are the first, go first.
+        if not c.ordered:
+            block = (sequence.seqlen_k + (c.tile_n - 1)) // c.tile_n - 1 - block
+        n_start = block * c.tile_n
         begin, end, whole_begin, whole_end = mask.query_blocks(n_start, n_start + c.tile_n, c.tile_m)
         blocks = (end - begin) * group_size
         tile = Tile(sequence, index, mask, kv_head, n_start, gl.to_tensor(begin), end, gl.to_tensor(whole_begin),
                     whole_end, blocks)  # fmt: skip
         shared = _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config)
-        adds = _make_adds(dq_desc, dq_ptr, counters, config)
-        gl.warp_specialize([
-            (_consumer, (0, problem, shared, adds, tile, dk_desc, dv_desc)),
-            (_consumer, (1, problem, shared, adds, tile, dk_desc, dv_desc)),
-            (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
-        ], [4, 1], [240, 24])  # fmt: skip
+        if c.with_q:
+            adds = make_adds(dq_desc, counters, c.ordered)
+            gl.warp_specialize([
+                (_consumer, (0, problem, shared, adds, tile, dk_desc, dv_desc)),
+                (_consumer, (1, problem, shared, adds, tile, dk_desc, dv_desc)),
+                (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
+                (_add_dq, (0, problem, adds, tile)),
+                (_add_dq, (1, problem, adds, tile)),
+            ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (_consumer, (0, problem, shared, None, tile, dk_desc, dv_desc)),
+                (_consumer, (1, problem, shared, None, tile, dk_desc, dv_desc)),
+                (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
+            ], [4, 1], [240, 24])  # fmt: skip

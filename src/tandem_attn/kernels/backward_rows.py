@@ -39,7 +39,7 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, dq_ptr, counter
                  seqused_q, seqused_k, num_heads, seqlen_q, seqlen_k, padded_rows, delta_start, out_batch, out_row,
                  out_head, dout_batch, dout_row, dout_head, columns, config: gl.constexpr):  # fmt: skip
     """For 64 rows of one head of sequence b: lse in base 2 (+inf where no key is seen and past the end, so that P is 0),
-    delta = rowsum(dO * O) - dlse, and dQ's accumulator or its counters zero.
+    delta = rowsum(dO * O) - dlse, and dQ's accumulator or its counters zero where there is one.
 
     Strides (0 for the batch of packed tensors) and `columns` (head_dim_v) are in units of 8 elements: loads
     are of 16 bytes.
@@ -54,7 +54,6 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, dq_ptr, counter
     if m < _padded(sequence.seqlen_q):
         width: gl.constexpr = c.head_dim_v
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
-        flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
         row = m + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         column = gl.arange(0, width, gl.SliceLayout(0, layout))
         there = row < sequence.seqlen_q
@@ -78,15 +77,23 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, dq_ptr, counter
         to = stat_ptr + stat + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         gl.store(to, gl.where(seen, lse * LOG2E, float("inf")))
         gl.store(to + delta_start, gl.where(seen, delta, 0.0))
-        chunks: gl.constexpr = c.head_dim // CHUNK
-        number = stat // CHUNK * chunks
-        if c.ordered:
-            slot = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-            gl.store(counters + number + slot, gl.zeros_like(slot), mask=slot < chunks)
-        else:
-            start = dq_ptr + number.to(gl.int64) * 4096
-            for i in gl.static_range(chunks):
-                gl.store(start + i * 4096 + gl.arange(0, 4096, flat), gl.zeros([4096], gl.float32, flat))
+        if c.with_q:
+            _clear_accumulator(dq_ptr, counters, stat, c)
+
+
+@gluon.jit
+def _clear_accumulator(dq_ptr, counters, stat, config: gl.constexpr):
+    """Zeros in the accumulator of 64 rows, or where it is written in order in their counters."""
+    chunks: gl.constexpr = config.head_dim // CHUNK
+    number = stat // CHUNK * chunks
+    if config.ordered:
+        slot = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+        gl.store(counters + number + slot, gl.zeros_like(slot), mask=slot < chunks)
+    else:
+        flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        start = dq_ptr + number.to(gl.int64) * 4096
+        for i in gl.static_range(chunks):
+            gl.store(start + i * 4096 + gl.arange(0, 4096, flat), gl.zeros([4096], gl.float32, flat))
 
 
 @gluon.jit(

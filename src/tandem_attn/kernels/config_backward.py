@@ -12,7 +12,6 @@ from functools import cached_property
 
 import torch
 
-from tandem_attn.device.accumulate import AtomicAdds, TmaAdds
 from tandem_attn.device.gluon import gl
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.schedule import DenseTiles, VarlenTiles
@@ -37,21 +36,19 @@ class BackwardConfig(KernelConfig):
     Schedule: type
     softcap: bool = False
     ordered: bool = False  # tiles of keys add to dQ one after the other: repeatable
-    gradients: str = "qkv"  # or "qk", or "v"
+    gradients: str = "qkv"  # or "k", or "v"
     tile_m: int = 64  # query rows of a block
     q_stages: int = 2
     do_stages: int = 2
     ds_stages: int = 3
-    scores_ahead: bool = True  # scores of the next block are computed at the end of a step
-    late_add: bool = False  # dQ is added one step after it is in shared memory: a fence less
     packed_ds: bool = False  # dS from rounded P by a 16-bit product: fewer registers, two more roundings
     skip: bool = False  # the second consumer leaves out a first block that none of its keys sees
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.head_dim_v not in HEAD_DIMS:
             raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {HEAD_DIMS}")
-        if self.gradients not in ("qkv", "qk", "v"):
-            raise ValueError(f"gradients={self.gradients!r}: qkv, qk or v")
+        if self.gradients not in ("qkv", "k", "v"):
+            raise ValueError(f"gradients={self.gradients!r}: qkv, k or v")
         if self.tile_m not in (64, 128):
             raise ValueError(f"tile_m={self.tile_m}: 64 or 128")
         if (
@@ -62,15 +59,18 @@ class BackwardConfig(KernelConfig):
             raise ValueError(
                 f"tile_m={self.tile_m}, head_dim={self.head_dim}: no split of dQ between consumers"
             )
-        if self.late_add and not self.Adds.through_smem.value:
-            raise ValueError("late_add: dQ does not go through shared memory")
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
 
     @property
     def with_q(self) -> bool:
-        """Whether dQ and dK are made."""
+        """Whether dQ is made: half a block's chunks of it by each consumer."""
         return "q" in self.gradients
+
+    @property
+    def with_k(self) -> bool:
+        """Whether dK is made."""
+        return "k" in self.gradients
 
     @property
     def with_v(self) -> bool:
@@ -78,25 +78,9 @@ class BackwardConfig(KernelConfig):
         return "v" in self.gradients
 
     @property
-    def Adds(self) -> type:
-        """How dQ gets into its accumulator."""
-        return TmaAdds if self.dq_chunks == 1 else AtomicAdds
-
-    @property
-    def dq_chunks(self) -> int:
-        """Chunks of dQ per block and consumer."""
-        return self.tile_m * self.head_dim // (NUM_CONSUMERS * 64 * 64)
-
-    @property
     def joint(self) -> bool:
         """Whether Q and dO go back to the producer together: an arrival less."""
-        return self.with_q and self.with_v
-
-    @property
-    def ds_handed_back(self) -> bool:
-        """Whether a consumer says when it has read dS. With two stages of rows that go back at the end of a
-        step, three buffers keep a writer clear of the slower consumer's reads without that."""
-        return not (self.joint and self.q_stages == 2 and self.ds_stages >= 3)
+        return self.with_q
 
     @property
     def tile_n(self) -> int:
@@ -149,11 +133,11 @@ class BackwardConfig(KernelConfig):
     def shared_memory(self) -> int:
         """Bytes of tiles in shared memory, barriers not counted (under 1 KB)."""
         k = self.tile_n * self.head_dim
-        v = self.tile_n * self.head_dim_v if self.with_q else 0
+        v = self.tile_n * self.head_dim_v if self.with_k else 0
         rows = self.tile_m * (self.q_stages * self.head_dim + self.do_stages * self.head_dim_v)
         ds = self.ds_stages * self.tile_n * self.tile_m if self.with_q else 0
         stats = 4 * self.tile_m * (self.q_stages + self.do_stages)
-        dq = 2 * 4 * 64 * 64 if self.with_q and self.Adds.through_smem.value else 0
+        dq = 2 * 4 * 64 * 64 if self.with_q else 0
         return 2 * (k + v + rows + ds) + stats + dq
 
     @property
@@ -164,7 +148,7 @@ class BackwardConfig(KernelConfig):
     @property
     def worker_registers(self) -> list[int]:
         """Registers of the partitions after the first, which gets what is left; multiples of 8."""
-        return [240, 24]
+        return [240, 24, 24, 24] if self.with_q else [240, 24]
 
     def __str__(self) -> str:
         fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
@@ -177,6 +161,84 @@ class BackwardConfig(KernelConfig):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class QueryGradientConfig(KernelConfig):
+    """Compile-time facts of the kernel that makes dQ alone."""
+
+    element: str
+    head_dim: int
+    head_dim_v: int
+    Mask: type
+    Sequences: type
+    Schedule: type
+    softcap: bool = False
+    k_stages: int = 2
+    v_stages: int = 1
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in HEAD_DIMS or self.head_dim_v not in HEAD_DIMS:
+            raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {HEAD_DIMS}")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
+
+    @property
+    def gradients(self) -> str:
+        return "q"
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a block."""
+        return 64
+
+    @property
+    def tile_rows(self) -> int:
+        """Query rows of a program."""
+        return NUM_CONSUMERS * 64
+
+    @property
+    def dtype(self):
+        return gl.bfloat16 if self.element == "bf16" else gl.float16
+
+    @property
+    def q_layout(self):
+        return gl.NVMMASharedLayout.get_default_for([64, self.head_dim], self.dtype)
+
+    @property
+    def do_layout(self):
+        return gl.NVMMASharedLayout.get_default_for([64, self.head_dim_v], self.dtype)
+
+    @property
+    def s_accumulator(self):
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.tile_n, 16])
+
+    @property
+    def dq_accumulator(self):
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.head_dim, 16])
+
+    @cached_property
+    def shared_memory(self) -> int:
+        """Bytes of tiles in shared memory, barriers not counted (under 1 KB)."""
+        rows = self.tile_rows * (self.head_dim + self.head_dim_v)
+        return 2 * (rows + self.tile_n * (self.k_stages * self.head_dim + self.v_stages * self.head_dim_v))
+
+    @property
+    def maxnreg(self) -> int:
+        """As BackwardConfig.maxnreg."""
+        return 168
+
+    @property
+    def worker_registers(self) -> list[int]:
+        """As BackwardConfig.worker_registers."""
+        return [240, 24]
+
+    def __str__(self) -> str:
+        policies = (c.__name__ for c in (self.Mask, self.Sequences))
+        return (
+            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, dq: {NUM_CONSUMERS}x64 rows x "
+            f"{self.tile_n} keys, {', '.join(policies)}, {self.shared_memory // 1024} KB shared"
+        )
+
+
 def native_head_dim(head_dim: int) -> int:
     """The smallest tile width that holds head_dim columns."""
     return next(d for d in HEAD_DIMS if d >= head_dim)
@@ -186,14 +248,12 @@ _NARROW = {
     64: dict(tile_m=128, packed_ds=True),
     128: dict(tile_m=64),
 }
-_WIDE = (
-    dict(gradients="qk", q_stages=1, do_stages=1, ds_stages=2, scores_ahead=False),
-    dict(gradients="v", ds_stages=1),
-)
+_WIDE = (dict(gradients="k", do_stages=1), dict(gradients="v"))
 
 
-def backward_configs(spec: AttentionSpec) -> tuple[BackwardConfig, ...]:
-    """The compile-time configurations, in order of launch, for a question that the gluon backend accepts."""
+def backward_configs(spec: AttentionSpec) -> tuple[tuple[BackwardConfig, ...], QueryGradientConfig | None]:
+    """The compile-time configurations for a question that the gluon backend accepts: of the launches that go
+    by keys, and of the one that goes by queries if there is one."""
     if spec.window.left >= 0 or spec.window.right > 0:
         mask = WindowMask
     elif spec.window.right == 0:
@@ -204,7 +264,6 @@ def backward_configs(spec: AttentionSpec) -> tuple[BackwardConfig, ...]:
         mask = FullMask
     head_dim, head_dim_v = native_head_dim(spec.head_dim), native_head_dim(spec.head_dim_v)
     wide = max(head_dim, head_dim_v)
-    choices = _WIDE if wide > 128 else (_NARROW[wide],)
     if wide == 128:
         head_dim = head_dim_v = 128
     if wide > 128:
@@ -217,6 +276,7 @@ def backward_configs(spec: AttentionSpec) -> tuple[BackwardConfig, ...]:
         Sequences=Varlen if spec.varlen else Dense,
         Schedule=VarlenTiles if spec.varlen else DenseTiles,
         softcap=spec.softcap > 0.0,
-        ordered=getattr(spec, "deterministic", False),
     )
-    return tuple(BackwardConfig(**shared | choice) for choice in choices)
+    if wide > 128:
+        return tuple(BackwardConfig(**shared, **choice) for choice in _WIDE), QueryGradientConfig(**shared)
+    return (BackwardConfig(**shared, **_NARROW[wide], ordered=spec.deterministic),), None

@@ -1,21 +1,24 @@
 """The backward of the gluon backend: from a question and addresses to its launches.
 
-A `BackwardPlan` is made once per question. A call allocates the gradients and a workspace (dQ in float32 and
-two numbers per row and head), and launches `prepare_rows`, the backward kernel once or twice, `finish_rows`
-and, for packed sequences, `clear_padding`.
+A `BackwardPlan` is made once per question. A call allocates the gradients and a workspace (two numbers per
+row and head, and up to head_dim 128 dQ in float32), and launches `prepare_rows`; then up to head_dim 128 one
+kernel for all gradients and `finish_rows`, above one kernel each; and for packed sequences `clear_padding`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from tandem_attn.device.division import division_magic
+from tandem_attn.device.gluon import gl
 from tandem_attn.device.sequence import PADDING
 from tandem_attn.kernels.backward import attention_backward
+from tandem_attn.kernels.backward_queries import query_gradient
 from tandem_attn.kernels.backward_rows import clear_padding, finish_rows, prepare_rows
-from tandem_attn.kernels.config_backward import KEYS, BackwardConfig, backward_configs
+from tandem_attn.kernels.config_backward import KEYS, BackwardConfig, QueryGradientConfig, backward_configs
 from tandem_attn.kernels.launch import descriptor_geometry
 from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
 from tandem_attn.kernels.question import score_scales, window_numbers
@@ -27,14 +30,22 @@ CLEARERS = 16  # programs per gap between sequences
 CHUNK = 64
 
 
-def backward_boxes(config: BackwardConfig) -> dict[str, tuple[list[int], object, str]]:
-    """TMA box, shared-memory layout and element type of each descriptor of the backward kernel."""
+def backward_boxes(config: BackwardConfig | QueryGradientConfig) -> dict[str, tuple[list[int], object, str]]:
+    """TMA box, shared-memory layout and element type of each descriptor of a backward kernel."""
     ones = [1, 1, 1] if config.Sequences.packed.value else [1, 1]
 
     def box(rows: int, cols: int):
         shape = [*ones, rows, cols]
-        return shape, type(config.k_layout).get_default_for(shape, config.dtype), config.element
+        return shape, gl.NVMMASharedLayout.get_default_for(shape, config.dtype), config.element
 
+    if isinstance(config, QueryGradientConfig):
+        return {
+            "q_desc": box(64, config.head_dim),
+            "k_desc": box(config.tile_n, config.head_dim),
+            "v_desc": box(config.tile_n, config.head_dim_v),
+            "do_desc": box(64, config.head_dim_v),
+            "dq_desc": box(64, config.head_dim),
+        }
     return {
         "q_desc": box(config.tile_m, config.head_dim),
         "k_desc": box(KEYS, config.head_dim),
@@ -59,60 +70,44 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
+def _three_strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Of (batch, rows, heads), in units of 8 elements; packed: 0 for the batch."""
+    strides = (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+    return tuple(s // 8 for s in strides)
+
+
+class Workspace(NamedTuple):
+    """Memory of one call besides its gradients."""
+
+    statistics: torch.Tensor  # float32: lse in base 2, then delta, of padded rows
+    accumulator: torch.Tensor | None  # float32, (..., 32): dQ in chunks
+    counters: torch.Tensor | None  # int32: of contributions to each chunk
+
+
 class BackwardPlan:
     """Everything about a call that does not depend on addresses."""
 
     def __init__(self, spec: AttentionSpec):
         self.spec = spec
-        self.configs = backward_configs(spec)
+        self.by_keys, self.by_queries = backward_configs(spec)
         self.device_index = spec.device.index or 0
-        batch = 1 if spec.varlen else spec.batch
         if spec.varlen:
             self.padded_rows = _padded(spec.total_q) + PADDING.value * spec.batch
             self.longest = _padded(min(spec.seqlen_q, spec.total_q))
         else:
             self.padded_rows = self.longest = _padded(spec.seqlen_q)
-        self.stat_rows = batch * spec.num_heads * self.padded_rows
-        self.programs = self._programs()
-        self.numbers = self._numbers()
+        self.stat_rows = (1 if spec.varlen else spec.batch) * spec.num_heads * self.padded_rows
+        self.chunks = self.stat_rows * self.by_keys[0].head_dim // CHUNK**2 if self.by_keys[0].with_q else 0
+        self.lengths = (spec.total_q, spec.total_k) if spec.varlen else (spec.seqlen_q, spec.seqlen_k)
+        self.row_grid = (self.longest // CHUNK, spec.num_heads, spec.batch)
         self.scales = score_scales(spec.softmax_scale, spec.softcap)
-        self.launchers: dict[tuple, list[KernelLauncher]] = {}
-        self.maps: dict[tuple[int, ...], list] = {}
+        self.launchers: dict[tuple, KernelLauncher] = {}
+        self.maps: dict[tuple, list] = {}
 
     @property
     def workspace_bytes(self) -> int:
         """Extra memory of a call, besides the gradients."""
-        chunks = self.stat_rows * self.configs[0].head_dim // CHUNK**2
-        return 4 * (2 * self.stat_rows + chunks * CHUNK**2 + chunks)
-
-    def _programs(self) -> int:
-        spec, tile_n = self.spec, self.configs[0].tile_n
-        if spec.varlen:
-            return (spec.total_k // tile_n + min(spec.batch, spec.total_k)) * spec.num_kv_heads
-        return -(-spec.seqlen_k // tile_n) * spec.batch * spec.num_kv_heads
-
-    def _numbers(self) -> tuple:
-        """The scalar arguments of the backward kernel, scales apart."""
-        spec = self.spec
-        rows = spec.num_kv_heads if spec.varlen else spec.batch * spec.num_kv_heads
-        group = min(ROWS_TOGETHER, rows)
-        n_blocks = -(-spec.seqlen_k // self.configs[0].tile_n)
-        divisors = (spec.num_kv_heads, group, rows % group or group, group * n_blocks)
-        return (
-            spec.batch,
-            spec.num_kv_heads,
-            spec.group_size,
-            *self._lengths(),
-            *window_numbers(spec.window),
-            self.padded_rows,
-            self.stat_rows,
-            group,
-            *map(division_magic, divisors),
-        )
-
-    def _lengths(self) -> tuple[int, int]:
-        spec = self.spec
-        return (spec.total_q, spec.total_k) if spec.varlen else (spec.seqlen_q, spec.seqlen_k)
+        return 4 * (2 * self.stat_rows + self.chunks * (CHUNK**2 + 1))
 
     def __call__(self, dout, dlse, q, k, v, out, lse, *lengths):
         """(dq, dk, dv), contiguous. Enqueues on the current stream of q's device; never waits."""
@@ -120,96 +115,132 @@ class BackwardPlan:
             with torch.cuda.device(self.device_index):
                 return self(dout, dlse, q, k, v, out, lse, *lengths)
         pointers = (*lengths, None, None, None, None)[:4]
+        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         dout, out, lse = _readable(dout), _readable(out), lse.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        dq, dk, dv = grads
-        chunks = self.stat_rows * self.configs[0].head_dim // CHUNK**2
-        accumulator = torch.empty(chunks * CHUNK**2, dtype=torch.float32, device=q.device)
-        statistics = torch.empty(2 * self.stat_rows, dtype=torch.float32, device=q.device)
-        counters = torch.empty(chunks, dtype=torch.int32, device=q.device)
-        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        self._prepare_rows(stream, out, dout, lse, dlse, statistics, accumulator, counters, pointers)
-        operands = (q, k, v, dout, dk, dv, accumulator, statistics)
-        for number in range(len(self.configs)):
-            self._launch(number, stream, operands, counters, pointers)
-        self._finish_rows(stream, accumulator, dq, pointers)
+        dq, dk, dv = grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        space = self._workspace()
+        self._prepare_rows(stream, out, dout, lse, dlse, space, pointers)
+        for config in self.by_keys:
+            self._launch_by_keys(config, stream, (q, k, v, dout, dk, dv), space, pointers)
+        if self.by_queries is None:
+            self._finish_rows(stream, space.accumulator, dq, pointers)
+        else:
+            self._launch_by_queries(stream, (q, k, v, dout, dq), space, pointers)
         if self.spec.varlen:
             self._clear_padding(stream, grads, pointers)
         return grads
 
-    def _launcher(self, key: tuple, kernel, arguments: tuple, options: dict) -> KernelLauncher:
-        found = self.launchers.get(key)
-        if found is None:
-            found = self.launchers[key] = KernelLauncher(kernel, arguments, options)
-        return found
+    def _workspace(self) -> Workspace:
+        device = self.spec.device
+        statistics = torch.empty(2 * self.stat_rows, dtype=torch.float32, device=device)
+        if not self.chunks:
+            return Workspace(statistics, None, None)
+        accumulator = torch.empty((self.chunks * CHUNK**2 // 32, 32), dtype=torch.float32, device=device)
+        return Workspace(statistics, accumulator, torch.empty(self.chunks, dtype=torch.int32, device=device))
 
-    def _prepare_rows(
-        self, stream, out, dout, lse, dlse, statistics, accumulator, counters, pointers
+    def _launch(
+        self, key: tuple, kernel, grid, stream, tensors: tuple, rest: tuple, maps=None, **options
     ) -> None:
+        """`maps`: (tensors, their descriptors or a function that makes them)."""
+        launcher = self.launchers.get(key)
+        described, make = maps or ((), tuple)
+        if launcher is None:
+            arguments = (*make(), *tensors, *rest)
+            launcher = self.launchers[key] = KernelLauncher(kernel, arguments, dict(num_warps=4, **options))
+        encoded = []
+        if described:
+            at = (key, *(x.data_ptr() for x in described))
+            encoded = self.maps.get(at)
+            if encoded is None:
+                if len(self.maps) >= MAX_CACHED_ADDRESSES:
+                    self.maps.clear()
+                encoded = self.maps[at] = launcher.encode(at[1:], described)
+        launcher.launch_flat(grid, stream, encoded, tensors, rest)
+
+    def _prepare_rows(self, stream, out, dout, lse, dlse, space: Workspace, pointers) -> None:
         spec = self.spec
-        tensors = (out, dout, lse, dlse, statistics, accumulator, counters, *pointers)
-        strides = [s // 8 for x in (out, dout) for s in _three_strides(x)]
-        numbers = (
-            spec.num_heads, *self._lengths(), self.padded_rows, self.stat_rows, *strides, spec.head_dim_v // 8
-        )  # fmt: skip
-        rest = (*numbers, self.configs[0])
-        launcher = self._launcher(
-            ("prepare", dlse is None), prepare_rows, (*tensors, *rest), dict(num_warps=4)
-        )
-        grid = (self.longest // CHUNK, spec.num_heads, spec.batch)
-        launcher.launch_flat(grid, stream, [], tensors, rest)
+        tensors = (out, dout, lse, dlse, *space, *pointers)
+        numbers = (spec.num_heads, *self.lengths, self.padded_rows, self.stat_rows)
+        strides = (*_three_strides(out), *_three_strides(dout))
+        rest = (*numbers, *strides, spec.head_dim_v // 8, self.by_keys[0])
+        self._launch(("prepare", dlse is None), prepare_rows, self.row_grid, stream, tensors, rest)
 
     def _finish_rows(self, stream, accumulator, dq, pointers) -> None:
         spec = self.spec
-        tensors = (accumulator, dq, *pointers)
-        rest = (spec.num_heads, *self._lengths(), self.padded_rows, spec.head_dim // 8, spec.softmax_scale)
-        rest = (*rest, self.configs[0])
-        launcher = self._launcher(("finish",), finish_rows, (*tensors, *rest), dict(num_warps=4))
-        grid = (self.longest // CHUNK, spec.num_heads, spec.batch)
-        launcher.launch_flat(grid, stream, [], tensors, rest)
+        numbers = (spec.num_heads, *self.lengths, self.padded_rows, spec.head_dim // 8)
+        rest = (*numbers, spec.softmax_scale, self.by_keys[0])
+        self._launch(("finish",), finish_rows, self.row_grid, stream, (accumulator, dq, *pointers), rest)
 
     def _clear_padding(self, stream, grads, pointers) -> None:
-        spec = self.spec
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = pointers
+        grid = (self.spec.batch + 1, CLEARERS, 1)
         for side, x in zip("qkk", grads, strict=True):
-            cu_seqlens, used = (cu_seqlens_q, seqused_q) if side == "q" else (cu_seqlens_k, seqused_k)
-            tensors = (x, cu_seqlens, used)
-            rest = (spec.batch, x.shape[0], math.prod(x.shape[1:]))
-            launcher = self._launcher(("clear", side), clear_padding, (*tensors, *rest), dict(num_warps=4))
-            launcher.launch_flat((spec.batch + 1, CLEARERS, 1), stream, [], tensors, rest)
+            tensors = (x, cu_seqlens_q, seqused_q) if side == "q" else (x, cu_seqlens_k, seqused_k)
+            rest = (self.spec.batch, x.shape[0], math.prod(x.shape[1:]))
+            self._launch(("clear", side), clear_padding, grid, stream, tensors, rest)
 
-    def _launch(self, number: int, stream, operands: tuple, counters, pointers) -> None:
-        config = self.configs[number]
-        tensors = (operands[6], counters, *pointers)
-        rest = (*self.numbers, *self.scales, config)
-        key = ("main", number, operands[3].stride())
-        launcher = self.launchers.get(key)
-        if launcher is None:
-            arguments = (*self._descriptors(config, operands), *tensors, *rest)
-            options = dict(num_warps=4, maxnreg=config.maxnreg)
-            launcher = self._launcher(key, attention_backward, arguments, options)
-        addresses = tuple(x.data_ptr() for x in operands)
-        at = (key, addresses)
-        maps = self.maps.get(at)
-        if maps is None:
-            if len(self.maps) >= MAX_CACHED_ADDRESSES:
-                self.maps.clear()
-            maps = self.maps[at] = launcher.encode(addresses, operands)
-        launcher.launch_flat((self.programs, 1, 1), stream, maps, tensors, rest)
+    def _launch_by_keys(
+        self, config: BackwardConfig, stream, operands: tuple, space: Workspace, pointers
+    ) -> None:
+        spec = self.spec
+        programs, places, magics = self._tiles(spec.num_kv_heads, spec.seqlen_k, spec.total_k, config.tile_n)
+        numbers = (
+            *(spec.batch, spec.num_kv_heads, spec.group_size, *self.lengths, *window_numbers(spec.window)),
+            *(self.padded_rows, self.stat_rows, places, *magics, *self.scales, config),
+        )
+        accumulator = space.statistics.view(-1, 32) if space.accumulator is None else space.accumulator
+        described = (*operands, accumulator, space.statistics)
+        tensors = (space.counters, *pointers)
+        key = ("keys", config.gradients, operands[3].stride())
+        maps = (described, lambda: self._descriptors(config, described))
+        options = dict(maxnreg=config.maxnreg)
+        self._launch(key, attention_backward, (programs, 1, 1), stream, tensors, numbers, maps, **options)
 
-    def _descriptors(self, config: BackwardConfig, operands: tuple) -> list:
-        """TMA descriptors in the order of the kernel's arguments."""
-        *attention, accumulator, statistics = operands
-        geometry = [descriptor_geometry(tuple(x.shape), tuple(x.stride())) for x in attention]
-        geometry += [([accumulator.numel() // 32, 32], [32, 1]), ([statistics.numel()], [1])]
+    def _launch_by_queries(self, stream, operands: tuple, space: Workspace, pointers) -> None:
+        spec, config = self.spec, self.by_queries
+        programs, places, magics = self._tiles(spec.num_heads, spec.seqlen_q, spec.total_q, config.tile_rows)
+        heads_magic, *rest = magics
+        numbers = (
+            *(spec.batch, spec.num_heads, *self.lengths, *window_numbers(spec.window), self.padded_rows),
+            *(
+                self.stat_rows,
+                places,
+                heads_magic,
+                division_magic(spec.group_size),
+                *rest,
+                *self.scales,
+                config,
+            ),
+        )
+        tensors = (space.statistics, *pointers)
+        key = ("queries", operands[3].stride())
+        maps = (operands, lambda: self._descriptors(config, operands))
+        options = dict(maxnreg=config.maxnreg)
+        self._launch(key, query_gradient, (programs, 1, 1), stream, tensors, numbers, maps, **options)
+
+    def _tiles(self, heads: int, longest: int, total: int, size: int) -> tuple[int, int, list[int]]:
+        """(programs, heads taken together, what Rows divides by) for tiles of `size` rows or keys."""
+        spec = self.spec
+        rows = heads if spec.varlen else spec.batch * heads
+        together = min(ROWS_TOGETHER, rows)
+        blocks = -(-longest // size)
+        programs = (total // size + min(spec.batch, total)) * heads if spec.varlen else blocks * rows
+        divisors = (heads, together, rows % together or together, together * blocks)
+        return programs, together, [division_magic(d) for d in divisors]
+
+    def _descriptors(self, config, tensors: tuple) -> list:
+        """TMA descriptors in the order of a kernel's arguments."""
         boxes = backward_boxes(config).values()
         return [
-            tensor_descriptor(x, *size, box, layout)
-            for x, size, (box, layout, _) in zip(operands, geometry, boxes, strict=True)
+            tensor_descriptor(x, *_geometry(x), box, layout)
+            for x, (box, layout, _) in zip(tensors, boxes, strict=True)
         ]
 
 
-def _three_strides(x: torch.Tensor) -> tuple[int, ...]:
-    """Of (batch, rows, heads); packed: 0 for the batch."""
-    return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+def _geometry(x: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Dimensions and strides of a descriptor: of q, k, v and the like, of the statistics, or of the
+    accumulator."""
+    if x.dim() > 2:
+        return descriptor_geometry(tuple(x.shape), tuple(x.stride()))
+    return list(x.shape), list(x.stride())

@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tandem_attn.kernels.backward import attention_backward
-from tandem_attn.kernels.config_backward import BackwardConfig
+from tandem_attn.kernels.backward_queries import query_gradient
+from tandem_attn.kernels.config_backward import BackwardConfig, QueryGradientConfig
 from tandem_attn.kernels.launch_backward import backward_boxes
 from tandem_attn.testing.compile import (
     KEYED_BY,
@@ -33,19 +34,20 @@ from tandem_attn.testing.sass import register_use, tight_loops
 from tandem_attn.testing.shipped_backward import variants
 
 
-def backward_source(config: BackwardConfig) -> GluonASTSource:
+def backward_source(config: BackwardConfig | QueryGradientConfig) -> GluonASTSource:
     """The kernel of one configuration, not yet compiled."""
+    kernel = attention_backward if isinstance(config, BackwardConfig) else query_gradient
     boxes = backward_boxes(config)
     packed = config.Sequences.packed.value
     signature = {}
-    for name in attention_backward.arg_names:
+    for name in kernel.arg_names:
         if name in boxes:
             box, layout, element = boxes[name]
             signature[name] = f"tensordesc<{element}[{', '.join(map(str, box))}],{layout!r}>"
         elif name in KEYED_BY:
             signature[name] = "*i32" if packed and name.startswith("cu_") else "constexpr"
-        elif name in ("dq_ptr", "counters"):
-            signature[name] = "*fp32" if name == "dq_ptr" else "*i32"
+        elif name in ("stat_ptr", "counters"):
+            signature[name] = "*fp32" if name == "stat_ptr" else "*i32"
         elif name == "config":
             signature[name] = "constexpr"
         else:
@@ -54,10 +56,10 @@ def backward_source(config: BackwardConfig) -> GluonASTSource:
     constants = {(names.index(n),): None for n in names if signature[n] == "constexpr"}
     constants[(names.index("config"),)] = config
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    return GluonASTSource(attention_backward, signature, constants, aligned)
+    return GluonASTSource(kernel, signature, constants, aligned)
 
 
-def report(config: BackwardConfig) -> Report:
+def report(config: BackwardConfig | QueryGradientConfig) -> Report:
     """Compile afresh and read the assembler's log, the PTX and the SASS."""
     start = sum(os.times()[:4])
     log = io.StringIO()

@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from tandem_attn.kernels.config_backward import BackwardConfig, backward_configs
+from tandem_attn.kernels.config_backward import BackwardConfig, QueryGradientConfig, backward_configs
 from tandem_attn.testing.shipped import WINDOWS, question
 
 LENGTHS = (128, 1000, 4096)  # whole tiles of keys and not
@@ -18,7 +18,7 @@ HEAD_SHAPES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256
 class Variant:
     """One kernel: a configuration."""
 
-    config: BackwardConfig
+    config: BackwardConfig | QueryGradientConfig
 
     @property
     def name(self) -> str:
@@ -43,15 +43,15 @@ class Variant:
 
 def configs(
     dtype: torch.dtype = torch.bfloat16, softcap: float = 0.0, deterministic: bool = False
-) -> list[BackwardConfig]:
+) -> list[BackwardConfig | QueryGradientConfig]:
     """All configurations for one element type, each once, always in the same order."""
-    found: dict[BackwardConfig, None] = {}
+    found: dict[BackwardConfig | QueryGradientConfig, None] = {}
     for dims, window, varlen, length in itertools.product(
         HEAD_SHAPES, WINDOWS.values(), (False, True), LENGTHS
     ):
         spec = question(*dims, length, window=window, varlen=varlen, dtype=dtype, softcap=softcap)
-        for config in backward_configs(spec):
-            found[dataclasses.replace(config, ordered=deterministic and config.with_q)] = None
+        by_keys, by_queries = backward_configs(dataclasses.replace(spec, deterministic=deterministic))
+        found |= dict.fromkeys((*by_keys, *([by_queries] if by_queries else [])))
     return list(found)
 
 
