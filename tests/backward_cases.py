@@ -1,9 +1,9 @@
 """Cases and tools for the backward kernels: what gradients should be, how they are asked for and compared.
 
-Features reuse the forward's cases (gpu_cases.py); lengths are on both sides of the backward's tiles, 64 or 128
-queries by 128 keys. The oracle is autograd through attention with an explicit mask, in float64 for the
-truth and in the case's dtype for the budget. Left out: what no kernel is promised for, which is head_dim_v other
-than head_dim but for 192/128 (OTHER_WIDTHS: right, whoever answers).
+Features reuse the forward's cases (gpu_cases.py); lengths are on both sides of the backward's tiles, 64 or
+128 queries by 128 keys. The oracle is autograd through attention with an explicit mask, in float64 for the
+truth and in the case's dtype for the budget. Left out: what no kernel is promised for, head_dim_v other than
+head_dim but for 192/128 (OTHER_WIDTHS: right, whoever answers).
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ EMPTY = [
     packed(((0, 300, 0), (0, 0, 300))),
     packed(((0, 0, 5), (300, 64, 0)), **CAUSAL),
     packed(((0, 129, 0), (0, 257, 0)), (64, 64), window=(20, 3)),
-    packed(((), ())),
     dense((0, 100), (128, 128)),
     dense((100, 0), (128, 128), **CAUSAL),
     dense((100, 100), (128, 128), batch=0),
@@ -162,8 +161,8 @@ def pairs_win(case: Case, device, seed: int = 0):
 def equal_shares(case: Case, device, seed: int = 0):
     """(inputs, dout) such that gradients are exact, and every key counts.
 
-    q and k are nonzero in different columns, so all scores are 0 and probabilities 1/n. Keys 2j and 2j + 1 have
-    opposite values, so out is 0 where whole pairs are seen. dout is 0 in rows where it is not, or where
+    q and k are nonzero in different columns, so all scores are 0 and probabilities 1/n. Keys 2j and 2j + 1
+    have opposite values, so out is 0 where whole pairs are seen. dout is 0 in rows where it is not, or where
     n is no power of two.
     """
     inputs = make(case, device, seed=seed, values="uniform")
@@ -298,7 +297,8 @@ def assert_exact(case: Case, inputs: Inputs, found, grads) -> list:
             wrong = (got != want).nonzero()
             assert len(wrong) == 0, f"{name(case)}: {len(wrong)} wrong in d{what}, first {wrong[0].tolist()}"
         else:  # the reference does not round probabilities, so that they are not quite powers of two
-            torch.testing.assert_close(got, want, rtol=torch.finfo(case.dtype).eps, atol=1e-4)
+            eps, largest = torch.finfo(case.dtype).eps, float(want.abs().max())
+            torch.testing.assert_close(got, want, rtol=eps, atol=2e-4 * largest)
     return wanted
 
 
@@ -339,7 +339,7 @@ def refuse(*_):
 
 
 def compile_ahead(request, tmp_path_factory) -> None:
-    """In place of `kernels`: those of these cases alone, by all cores; nothing if only a few tests will run."""
+    """In place of `kernels`: those of these cases alone, by all cores; nothing if only a few tests run."""
     wanted = sum("gpu" in item.keywords for item in request.session.items)
     if torch.cuda.is_available() and os.environ.get("TANDEM_TEST_ON") != "cpu" and wanted > 20:
         folder = tmp_path_factory.getbasetemp()
@@ -374,7 +374,7 @@ def compile_once(folder: pathlib.Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if os.fstat(lock.fileno()).st_size:
             return
-        workers = min(os.cpu_count() or 1, 12)  # each has a context of its own on the GPU
+        workers = min(os.cpu_count() or 1, 16)  # each has a context of its own on the GPU
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
             for made in [pool.submit(compile_kernel, *facts) for facts in distinct_kernels().values()]:

@@ -323,8 +323,9 @@ def test_packed_equal_lengths_equal_dense(hopper):
         flat = make(case, hopper)
         dout, dlse = upstream(case, flat)
         found = gradients(case, flat, dout, dlse)
-        square = Inputs(*(x.unflatten(0, (3, 256)) for x in (flat.q, flat.k, flat.v)), {**mask}, [])
         whole = dense((256, 256), (128, 128), (4, 2), batch=3, **mask)
+        square = Inputs(*(x.unflatten(0, (3, 256)) for x in (flat.q, flat.k, flat.v)), {}, [])
+        square.kwargs |= {"causal": case.causal, "window_size": case.window}
         grads = dout.unflatten(0, (3, 256)), dlse.unflatten(1, (3, 256)).transpose(0, 1)
         assert_close([x.flatten(0, 1) for x in gradients(whole, square, *grads)], found)
 

@@ -4,9 +4,15 @@ The accumulator is made of chunks of 64 rows x 64 columns, each 4096 numbers in 
 accumulator lies in registers (`in_register_order`): 16 bytes of a thread follow one another, then its lanes,
 so that neither shared memory nor atomics see a conflict. `kernels/backward_rows.py` brings it back.
 
-Ordered, the tiles of keys of a chunk add one after the other, the last keys first, which makes sums
-repeatable to the bit. A counter per chunk says how many have added; the first writes instead of adding, so
-nothing has to be zero before. A program waits only for programs that were launched before it.
+Whoever comes first to a chunk writes it and all others add, so nothing has to be zero before. A counter per
+chunk, zero at the start, says what has happened to it:
+
+unordered  everyone draws a number from it, and only the one with number 0, when its write is complete, adds
+           WRITTEN; others wait for that, which they seldom have to
+ordered    tiles of keys add one after the other, the last keys first, so that sums are repeatable to the bit:
+           it counts complete contributions, and everyone waits for those before it
+
+A program waits only for programs that were launched before it.
 """
 
 from tandem_attn.device.gluon import (
@@ -23,6 +29,7 @@ from tandem_attn.device.gluon import (
 from tandem_attn.device.ring import make_barriers
 
 CHUNK = gl.constexpr(64)  # rows and columns
+WRITTEN = gl.constexpr(2**16)  # more than there are tiles of keys
 
 
 @aggregate
@@ -46,10 +53,10 @@ def from_register_order(x):
 
 
 @gluon.jit
-def _wait_for(counter, value):
-    """Until the counter (a pointer to int32) has this value."""
+def _wait_until_at_least(counter, value):
+    """`counter`: a pointer to int32."""
     gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 v; WAIT: ld.acquire.gpu.global.b32 v, [$1]; setp.ne.s32 p, v, $2;"
+        "{ .reg .pred p; .reg .b32 v; WAIT: ld.acquire.gpu.global.b32 v, [$1]; setp.lt.s32 p, v, $2;"
         " @p bra WAIT; mov.b32 $0, v; }",
         "=r,l,r",
         [counter.to(gl.int64), value],
@@ -59,22 +66,34 @@ def _wait_for(counter, value):
     )
 
 
-@gluon.constexpr_function
-def _count_asm(under_way):
-    return (
-        "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.wait_group "
-        + f"{under_way}; @p fence.proxy.async; @p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }}"
+# Partitions of one warp call these two. The thread elected here is the one elected to start TMA stores.
+
+
+@gluon.jit
+def _draw(counter):
+    """Add one to the counter; what it was."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 v; mov.b32 v, 0; elect.sync _|p, 0xffffffff;"
+        " @p atom.relaxed.gpu.global.add.u32 v, [$1], 1; redux.sync.or.b32 $0, v, 0xffffffff; }",
+        "=r,l",
+        [counter.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
 @gluon.jit
-def _count(counter, under_way: gl.constexpr):
-    """Add one to the counter when all TMA stores of this warp but the last `under_way` are complete in memory.
-
-    For partitions of one warp: the thread elected here is the one elected to start them.
-    """
+def _add_when_complete(counter, value):
+    """Add to the counter when all TMA stores of this warp are complete in memory."""
     gl.inline_asm_elementwise(
-        _count_asm(under_way), "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+        "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.wait_group 0; @p fence.proxy.async;"
+        " @p red.release.gpu.global.add.u32 [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [counter.to(gl.int64), value],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -101,33 +120,29 @@ class Adds:
         mbarrier.arrive(self.full.index(group), count=1)
 
     @gluon.jit
-    def add(self, group: gl.constexpr, number, place, before):
-        """Adding warp: add put `number` to the accumulator; `before`: the chunk of the put before.
-
-        That one is counted now: it has had a step's time to become complete.
-        """
+    def add(self, group: gl.constexpr, number, place):
+        """Adding warp: add put `number` to the accumulator."""
         coords = [place.chunk * 128, 0]
         buffer = self.smem.index(group)
+        counter = self.counters + place.chunk
+        rank = place.rank
         if self.ordered:
-            _wait_for(self.counters + place.chunk, place.rank)
-            mbarrier.wait(self.full.index(group), number & 1)
-            if place.rank == 0:
-                tma_store(self.desc, coords, buffer)
-            else:
-                tma_reduce_add(self.desc, coords, buffer)
-            if number > 0:
-                _count(self.counters + before, 1)
+            _wait_until_at_least(counter, rank)
         else:
-            mbarrier.wait(self.full.index(group), number & 1)
+            rank = _draw(counter) & (WRITTEN - 1)
+        mbarrier.wait(self.full.index(group), number & 1)
+        if rank == 0:
+            tma_store(self.desc, coords, buffer)
+        else:
+            if not self.ordered:
+                _wait_until_at_least(counter, WRITTEN)
             tma_reduce_add(self.desc, coords, buffer)
         tma_store_wait(0)
         mbarrier.arrive(self.empty.index(group), count=1)
-
-    @gluon.jit
-    def finish(self, last):
-        """Adding warp: count the last chunk."""
         if self.ordered:
-            _count(self.counters + last, 0)
+            _add_when_complete(counter, 1)
+        elif rank == 0:
+            _add_when_complete(counter, WRITTEN)
 
 
 @gluon.jit

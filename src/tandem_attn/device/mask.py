@@ -16,7 +16,7 @@ from tandem_attn.device.gluon import gl, gluon, policy
 UNREACHED = gl.constexpr(2**30)  # a row that no sequence has
 
 
-@policy(masks=False, has_left_edge=False)
+@policy(masks=False, has_left_edge=False, has_diagonal=False)
 class NoMask:
     """Every row sees every key, and seqlen_k is a multiple of tile_n (the host knows)."""
 
@@ -51,7 +51,7 @@ class NoMask:
         return keys * 0, keys * 0 + UNREACHED
 
 
-@policy(masks=True, has_left_edge=False)
+@policy(masks=True, has_left_edge=False, has_diagonal=False)
 class FullMask:
     """Every row sees every key; the last block may reach past seqlen_k."""
 
@@ -80,7 +80,7 @@ class FullMask:
         return gl.where(keys < self.seqlen_k, 0, UNREACHED), keys * 0 + UNREACHED
 
 
-@policy(masks=True, has_left_edge=False)
+@policy(masks=True, has_left_edge=False, has_diagonal=True)
 class CausalMask:
     """Row i sees keys 0 to i + seqlen_k - seqlen_q (bottom-right aligned)."""
 
@@ -117,7 +117,7 @@ class CausalMask:
         return gl.where(keys < self.seqlen_k, first, UNREACHED), keys * 0 + UNREACHED
 
 
-@policy(masks=True, has_left_edge=True)
+@policy(masks=True, has_left_edge=True, has_diagonal=True)
 class WindowMask:
     """Row i sees keys i + d - window_left to i + d + window_right, d = seqlen_k - seqlen_q (both ends
     inclusive).

@@ -83,6 +83,13 @@ class Tile:
     whole_begin: gl.tensor  # of which whole_begin to whole_end - 1 see all keys
     whole_end: gl.tensor
     count: gl.tensor  # blocks of all query heads together
+    turn: gl.tensor  # where all blocks are alike: begin with this one
+
+    @gluon.jit
+    def block(self, m):
+        """Block to visit as number m. Programs that run side by side then add to different rows of dQ."""
+        m += self.turn
+        return m - gl.where(m >= self.end, self.end, 0)
 
     @gluon.jit
     def statistics(self, problem, g):
@@ -271,7 +278,7 @@ def _blocks(problem, shared, adds, group: gl.constexpr, tile, g, state, begin, e
     first = g * (tile.end - tile.begin) - tile.begin
     for m in range(begin, end):
         i = first + m
-        m_start = m * c.tile_m
+        m_start = tile.block(m) * c.tile_m
         if c.with_q:
             state = _step(problem, shared, adds, group, tile, i, m_start, state, masked)
         elif c.with_k:
@@ -361,7 +368,7 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)
         head = tile.kv_head * problem.group_size + g
         statistics = tile.statistics(problem, g)
         for m in range(tile.begin, end):
-            row = m * c.tile_m
+            row = tile.block(m) * c.tile_m
             coords = tile.sequence.coords("q", head, row, 0)
             shared.q.acquire(i)
             shared.q.fill(i, q_desc, stat_desc, coords, statistics + row)
@@ -378,16 +385,11 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)
 def _add_dq(group: gl.constexpr, problem, adds, tile):
     """The warp that adds what one consumer has put."""
     number = 0
-    before = tile.begin * 0
     for g in range(problem.group_size):
         statistics = tile.statistics(problem, g)
         for m in range(tile.begin, tile.end):
-            place = _place(problem, tile, group, statistics, m)
-            adds.add(group, number, place, before)
-            before = place.chunk
+            adds.add(group, number, _place(problem, tile, group, statistics, tile.block(m)))
             number += 1
-    if number > 0:
-        adds.finish(before)
 
 
 @gluon.jit
@@ -443,8 +445,11 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_des
         n_start = block * c.tile_n
         begin, end, whole_begin, whole_end = mask.query_blocks(n_start, n_start + c.tile_n, c.tile_m)
         blocks = (end - begin) * group_size
+        turn = begin * 0
+        if c.rotates:
+            turn = n_start // c.tile_m % gl.maximum(end, 1)
         tile = Tile(sequence, index, mask, kv_head, n_start, gl.to_tensor(begin), end, gl.to_tensor(whole_begin),
-                    whole_end, blocks)  # fmt: skip
+                    whole_end, blocks, gl.to_tensor(turn))  # fmt: skip
         shared = _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config)
         if c.with_q:
             adds = make_adds(dq_desc, counters, c.ordered)

@@ -35,11 +35,11 @@ def _padded(seqlen):
     ],
     do_not_specialize_on_alignment=["lse_ptr", "dlse_ptr", *_LENGTHS],
 )
-def prepare_rows(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, dq_ptr, counters, cu_seqlens_q, cu_seqlens_k,
+def prepare_rows(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, counters, cu_seqlens_q, cu_seqlens_k,
                  seqused_q, seqused_k, num_heads, seqlen_q, seqlen_k, padded_rows, delta_start, out_batch, out_row,
                  out_head, dout_batch, dout_row, dout_head, columns, config: gl.constexpr):  # fmt: skip
     """For 64 rows of one head of sequence b: lse in base 2 (+inf where no key is seen and past the end, so that P is 0),
-    delta = rowsum(dO * O) - dlse, and dQ's accumulator or its counters zero where there is one.
+    delta = rowsum(dO * O) - dlse, and the counters of dQ's accumulator zero where there is one.
 
     Strides (0 for the batch of packed tensors) and `columns` (head_dim_v) are in units of 8 elements: loads
     are of 16 bytes.
@@ -78,22 +78,15 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, dq_ptr, counter
         gl.store(to, gl.where(seen, lse * LOG2E, float("inf")))
         gl.store(to + delta_start, gl.where(seen, delta, 0.0))
         if c.with_q:
-            _clear_accumulator(dq_ptr, counters, stat, c)
+            _clear_counters(counters, stat, c)
 
 
 @gluon.jit
-def _clear_accumulator(dq_ptr, counters, stat, config: gl.constexpr):
-    """Zeros in the accumulator of 64 rows, or where it is written in order in their counters."""
+def _clear_counters(counters, stat, config: gl.constexpr):
+    """Zeros for the chunks of the accumulator that hold 64 rows."""
     chunks: gl.constexpr = config.head_dim // CHUNK
-    number = stat // CHUNK * chunks
-    if config.ordered:
-        slot = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-        gl.store(counters + number + slot, gl.zeros_like(slot), mask=slot < chunks)
-    else:
-        flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-        start = dq_ptr + number.to(gl.int64) * 4096
-        for i in gl.static_range(chunks):
-            gl.store(start + i * 4096 + gl.arange(0, 4096, flat), gl.zeros([4096], gl.float32, flat))
+    slot = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(counters + stat // CHUNK * chunks + slot, gl.zeros_like(slot), mask=slot < chunks)
 
 
 @gluon.jit(
@@ -123,8 +116,7 @@ def finish_rows(dq_acc_ptr, dq_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, sequs
         start = dq_acc_ptr + (stat // CHUNK * chunks).to(gl.int64) * 4096
         for i in gl.static_range(chunks):
             x = gl.load(start + i * 4096 + gl.arange(0, 4096, flat))
-            if c.ordered:
-                x = gl.where(sequence.seqlen_k > 0, x, 0.0)  # nobody has written
+            x = gl.where(sequence.seqlen_k > 0, x, 0.0)  # without keys nobody has written
             x = from_register_order(x * scale).to(dq_ptr.dtype.element_ty)
             x = gl.convert_layout(x, layout)
             column = i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, layout))

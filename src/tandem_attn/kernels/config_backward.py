@@ -83,6 +83,11 @@ class BackwardConfig(KernelConfig):
         return self.with_q
 
     @property
+    def rotates(self) -> bool:
+        """Whether tiles of keys begin with different blocks of rows: where all are alike and none waits."""
+        return not self.ordered and not self.Mask.has_diagonal.value
+
+    @property
     def tile_n(self) -> int:
         return NUM_CONSUMERS * KEYS
 

@@ -160,7 +160,7 @@ class BackwardPlan:
 
     def _prepare_rows(self, stream, out, dout, lse, dlse, space: Workspace, pointers) -> None:
         spec = self.spec
-        tensors = (out, dout, lse, dlse, *space, *pointers)
+        tensors = (out, dout, lse, dlse, space.statistics, space.counters, *pointers)
         numbers = (spec.num_heads, *self.lengths, self.padded_rows, self.stat_rows)
         strides = (*_three_strides(out), *_three_strides(dout))
         rest = (*numbers, *strides, spec.head_dim_v // 8, self.by_keys[0])
