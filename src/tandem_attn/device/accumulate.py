@@ -120,8 +120,13 @@ class Adds:
         mbarrier.arrive(self.full.index(group), count=1)
 
     @gluon.jit
-    def add(self, group: gl.constexpr, number, place):
-        """Adding warp: add put `number` to the accumulator."""
+    def add(self, group: gl.constexpr, number, place, before):
+        """Adding warp: add put `number` to the accumulator. `before`: the chunk that is to be counted once it
+        is complete, negative for none; returns the next such.
+
+        Whatever takes its time in memory (drawing a number, a turn, completion) comes before the wait for the
+        consumer, who then waits for nothing but the read of its buffer.
+        """
         coords = [place.chunk * 128, 0]
         buffer = self.smem.index(group)
         counter = self.counters + place.chunk
@@ -129,20 +134,28 @@ class Adds:
         if self.ordered:
             _wait_until_at_least(counter, rank)
         else:
-            rank = _draw(counter) & (WRITTEN - 1)
+            rank = _draw(counter)
+        self.finish(before)
+        if not self.ordered:  # noqa: SIM102 (known at compile time, unlike the inner one)
+            if (rank > 0) & (rank < WRITTEN):
+                _wait_until_at_least(counter, WRITTEN)
         mbarrier.wait(self.full.index(group), number & 1)
         if rank == 0:
             tma_store(self.desc, coords, buffer)
         else:
-            if not self.ordered:
-                _wait_until_at_least(counter, WRITTEN)
             tma_reduce_add(self.desc, coords, buffer)
         tma_store_wait(0)
         mbarrier.arrive(self.empty.index(group), count=1)
         if self.ordered:
-            _add_when_complete(counter, 1)
-        elif rank == 0:
-            _add_when_complete(counter, WRITTEN)
+            return place.chunk
+        else:
+            return gl.where(rank == 0, place.chunk, -1)
+
+    @gluon.jit
+    def finish(self, chunk):
+        """Adding warp: count this chunk once it is complete; negative: none."""
+        if chunk >= 0:
+            _add_when_complete(self.counters + chunk, 1 if self.ordered else WRITTEN)
 
 
 @gluon.jit

@@ -173,21 +173,15 @@ class WindowMask:
 
 
 @gluon.jit
-def apply_mask(mask, s, m_start, n_start):
-    """Scores of rows m_start.. and keys n_start.., -inf where the mask forbids."""
-    return _keep_visible(mask, s, m_start, n_start, False, float("-inf"))
+def apply_mask(mask, s, m_start, n_start, fill: gl.constexpr = float("-inf")):
+    """A tile of query rows m_start.. (down) and keys n_start.. (across), `fill` where the mask forbids."""
+    return _keep_visible(mask, s, m_start, n_start, False, fill)
 
 
 @gluon.jit
-def apply_mask_to_probabilities(mask, p, m_start, n_start):
-    """Probabilities of rows m_start.. and keys n_start.., 0 where the mask forbids."""
-    return _keep_visible(mask, p, m_start, n_start, False, 0.0)
-
-
-@gluon.jit
-def apply_mask_transposed(mask, p, n_start, m_start):
-    """Probabilities of keys n_start.. (down) and query rows m_start.. (across), 0 where the mask forbids."""
-    return _keep_visible(mask, p, n_start, m_start, True, 0.0)
+def apply_mask_transposed(mask, s, n_start, m_start, fill: gl.constexpr):
+    """A tile of keys n_start.. (down) and query rows m_start.. (across), `fill` where the mask forbids."""
+    return _keep_visible(mask, s, n_start, m_start, True, fill)
 
 
 @gluon.jit

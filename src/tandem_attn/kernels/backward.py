@@ -171,13 +171,16 @@ def _probabilities(problem, shared, group: gl.constexpr, tile, i, m_start, s, ma
         lse = shared.q.stats(i, gl.SliceLayout(0, c.s_accumulator))
     else:  # the stage of Q is already on its way back
         lse = shared.do.stats(i, gl.SliceLayout(0, c.s_accumulator))
+    n_start = tile.n_start + 64 * group
     if c.softcap:
         s = soft_capped(s, problem.inner_scale)
+    elif masked:
+        s = apply_mask_transposed(tile.mask, s, n_start, m_start, float("-inf"))
     p = gl.exp2(s * problem.scale_log2 - gl.expand_dims(lse, 0))
-    if masked:
-        p = apply_mask_transposed(tile.mask, p, tile.n_start + 64 * group, m_start)
     sloped = p
     if c.softcap:
+        if masked:  # not before: the slope of -inf is none
+            p = apply_mask_transposed(tile.mask, p, n_start, m_start, 0.0)
         sloped = p * (1.0 - s * s)
     return p, sloped
 
@@ -218,6 +221,21 @@ def _step(problem, shared, adds, group: gl.constexpr, tile, i, m_start, state, m
     dk, dv, s = warpgroup_mma_wait(0, deps=(dk, dv, s))
     shared.q.release(i)
     return State(s, dk, dv)
+
+
+@gluon.jit
+def _skipped(problem, shared, adds, group: gl.constexpr, tile, i, state):
+    """Block i, of which none of this consumer's keys sees a row: nothing but its half of dQ is to be done."""
+    c: gl.constexpr = problem.config.static
+    shared.do.wait(i)  # a phase must not be lapped
+    _put_ds(problem, shared, group, i + 1, gl.zeros([64, c.tile_m], c.dtype, c.s_accumulator))
+    dq = warpgroup_mma_wait(0, deps=(_start_dq(problem, shared, group, i),))
+    if i > 0:
+        adds.put(group, i - 1, dq)
+    started = _start_scores(problem, shared, group, gl.minimum(i + 1, tile.count - 1))
+    s = warpgroup_mma_wait(0, deps=(started,))
+    shared.q.release(i)
+    return State(s, state.dk, state.dv)
 
 
 @gluon.jit
@@ -307,39 +325,46 @@ def _consumer(group: gl.constexpr, problem, shared, adds, tile, dk_desc, dv_desc
     for g in range(problem.group_size):
         whole = tile.begin
         if c.Mask.masks:
-            state = _blocks(problem, shared, adds, group, tile, g, state, tile.begin, tile.whole_begin, True)
+            begin = tile.begin
+            if c.skips and group > 0:
+                seen = tile.mask.query_blocks(tile.n_start + 64 * group, tile.n_start + c.tile_n, c.tile_m)
+                begin = gl.maximum(gl.minimum(seen[0], tile.whole_begin), begin)
+                for m in range(tile.begin, begin):
+                    i = g * (tile.end - tile.begin) + m - tile.begin
+                    state = _skipped(problem, shared, adds, group, tile, i, state)
+            state = _blocks(problem, shared, adds, group, tile, g, state, begin, tile.whole_begin, True)
             whole = tile.whole_begin
         state = _blocks(problem, shared, adds, group, tile, g, state, whole, tile.whole_end, False)
         if c.Mask.has_left_edge:
             state = _blocks(problem, shared, adds, group, tile, g, state, tile.whole_end, tile.end, True)
-    if c.with_q:  # noqa: SIM102 (known at compile time, unlike the inner one)
-        if tile.count > 0:
-            started = _start_dq(problem, shared, group, tile.count)
-            adds.put(group, tile.count - 1, warpgroup_mma_wait(0, deps=(started,)))
-    if c.with_v:  # noqa: SIM102
+    if c.with_v:  # noqa: SIM102 (known at compile time, unlike the inner one)
         if tile.count == 0:
             shared.do.wait(0)  # no load may be under way when the program ends
-    _store(problem, shared, group, tile, state, dk_desc, dv_desc)
+    n_start = tile.n_start + 64 * group
+    coords = tile.sequence.coords("k", tile.kv_head, n_start, 0)
+    if c.with_q:
+        started = _start_dq(problem, shared, group, tile.count)
+    if c.with_v:  # a consumer's half of V, or for dV alone of K, is read by itself alone
+        smem = reinterpreted(shared.v, c.dtype.value, [2, 64, c.head_dim_v], c.v_layout)
+        if not c.with_k:
+            named_barrier("bar.sync", EVERYONE, 256)  # of different sizes, halves overlap
+        _store(smem.index(group), state.dv.to(c.dtype), dv_desc, coords)
+    if c.with_q:
+        dq = warpgroup_mma_wait(0, deps=(started,))
+        if tile.count > 0:
+            adds.put(group, tile.count - 1, dq)
+        named_barrier("bar.sync", EVERYONE, 256)  # both have read all of K
+    if c.with_k:
+        _store(shared.k.index(group), (state.dk * problem.scale).to(c.dtype), dk_desc, coords)
+    tma_store_wait(0)
 
 
 @gluon.jit
-def _store(problem, shared, group: gl.constexpr, tile, state, dk_desc, dv_desc):
-    """dK and dV to memory, through K and V that nobody needs any more."""
-    c: gl.constexpr = problem.config.static
-    named_barrier("bar.sync", EVERYONE, 256)
-    n_start = tile.n_start + 64 * group
-    coords = tile.sequence.coords("k", tile.kv_head, n_start, 0)
-    if c.with_k:
-        smem = shared.k.index(group)
-        smem.store((state.dk * problem.scale).to(c.dtype))
-        fence_async_shared()
-        tma_store(dk_desc, coords, smem.reshape(dk_desc.block_type.shape))
-    if c.with_v:
-        smem = reinterpreted(shared.v, c.dtype.value, [2, 64, c.head_dim_v], c.v_layout).index(group)
-        smem.store(state.dv.to(c.dtype))
-        fence_async_shared()
-        tma_store(dv_desc, coords, smem.reshape(dv_desc.block_type.shape))
-    tma_store_wait(0)
+def _store(smem, x, desc, coords):
+    """Registers to shared memory and on to global memory."""
+    smem.store(x)
+    fence_async_shared()
+    tma_store(desc, coords, smem.reshape(desc.block_type.shape))
 
 
 @gluon.jit
@@ -385,11 +410,14 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)
 def _add_dq(group: gl.constexpr, problem, adds, tile):
     """The warp that adds what one consumer has put."""
     number = 0
+    before = tile.begin * 0 - 1
     for g in range(problem.group_size):
         statistics = tile.statistics(problem, g)
         for m in range(tile.begin, tile.end):
-            adds.add(group, number, _place(problem, tile, group, statistics, tile.block(m)))
+            place = _place(problem, tile, group, statistics, tile.block(m))
+            before = adds.add(group, number, place, before)
             number += 1
+    adds.finish(before)
 
 
 @gluon.jit

@@ -25,7 +25,7 @@ from tandem_attn.device.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from tandem_attn.device.mask import apply_mask_to_probabilities
+from tandem_attn.device.mask import apply_mask
 from tandem_attn.device.ring import Ring, first_fill, make_barriers, make_ring
 from tandem_attn.device.row_ring import hidden
 from tandem_attn.device.schedule import Rows
@@ -83,13 +83,16 @@ def _step(problem, shared, group: gl.constexpr, tile, j, lse, delta, dq, masked:
     v = shared.v.smem.index(hidden(0)) if c.v_stages == 1 else shared.v.chunk(u, 0)
     dp = warpgroup_mma(shared.do.index(hidden(group)), v.permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
+    m_start = tile.m_start + 64 * group
+    n_start = (tile.n_end - 1 - j) * c.tile_n
     if c.softcap:
         s = soft_capped(s, problem.inner_scale)
+    elif masked:
+        s = apply_mask(tile.mask, s, m_start, n_start)
     p = gl.exp2(s * problem.scale_log2 - gl.expand_dims(lse, 1))
-    if masked:
-        n_start = (tile.n_end - 1 - j) * c.tile_n
-        p = apply_mask_to_probabilities(tile.mask, p, tile.m_start + 64 * group, n_start)
     if c.softcap:
+        if masked:  # not before: the slope of -inf is none
+            p = apply_mask(tile.mask, p, m_start, n_start, 0.0)
         p = p * (1.0 - s * s)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     shared.v.release(u)

@@ -42,7 +42,6 @@ class BackwardConfig(KernelConfig):
     do_stages: int = 2
     ds_stages: int = 3
     packed_ds: bool = False  # dS from rounded P by a 16-bit product: fewer registers, two more roundings
-    skip: bool = False  # the second consumer leaves out a first block that none of its keys sees
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.head_dim_v not in HEAD_DIMS:
@@ -81,6 +80,11 @@ class BackwardConfig(KernelConfig):
     def joint(self) -> bool:
         """Whether Q and dO go back to the producer together: an arrival less."""
         return self.with_q
+
+    @property
+    def skips(self) -> bool:
+        """Whether the second consumer leaves out blocks that none of its keys sees: where such blocks exist."""
+        return self.with_q and self.tile_m < self.tile_n and self.Mask.has_diagonal.value
 
     @property
     def rotates(self) -> bool:
