@@ -22,6 +22,8 @@ from tandem_attn.device.gluon import (
     aggregate,
     base_value,
     fence_async_shared,
+    gdc_launch_dependents,
+    gdc_wait,
     gl,
     gluon,
     mbarrier,
@@ -383,6 +385,7 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)
     _load_keys(shared, 0, shared.k, k_desc, tile)
     if c.with_k:
         _load_keys(shared, 1, shared.v, v_desc, tile)
+    gdc_wait()  # for the row statistics; keys, queries and dO were there before prepare_rows
     heads = problem.group_size
     end = tile.end
     if c.with_v:  # consumers look at block 0 in any case
@@ -411,6 +414,7 @@ def _add_dq(group: gl.constexpr, problem, adds, tile):
     """The warp that adds what one consumer has put."""
     number = 0
     before = tile.begin * 0 - 1
+    gdc_wait()  # counters are zero
     for g in range(problem.group_size):
         statistics = tile.statistics(problem, g)
         for m in range(tile.begin, tile.end):
@@ -453,6 +457,7 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_des
     """seqlen_q, seqlen_k, cu_seqlens, seqused, group and ..._magic: as in the forward kernel, for tiles of
     keys; dq_desc: the accumulator; counters: int32 zeros, one per chunk of it."""
     c: gl.constexpr = config.static
+    gdc_launch_dependents()
     scale = scale_log2 * LN2
     if c.softcap:
         scale = scale * inner_scale

@@ -16,6 +16,8 @@ from tandem_attn.device.gluon import (
     aggregate,
     base_value,
     fence_async_shared,
+    gdc_launch_dependents,
+    gdc_wait,
     gl,
     gluon,
     mbarrier,
@@ -115,6 +117,7 @@ def _blocks(problem, shared, group: gl.constexpr, tile, lse, delta, dq, begin, e
 def _consumer(group: gl.constexpr, problem, shared, tile, stat_ptr, delta_start, dq_desc):
     c: gl.constexpr = problem.config.static
     row: gl.constexpr = gl.SliceLayout(1, c.s_accumulator)
+    gdc_wait()
     at = stat_ptr + tile.statistics + 64 * group + gl.arange(0, 64, row)
     lse = gl.load(at)
     delta = gl.load(at + delta_start)
@@ -171,6 +174,7 @@ def query_gradient(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_ptr, cu_seqlen
                    scale_log2, inner_scale, config: gl.constexpr):  # fmt: skip
     """Arguments as in the forward kernel; stat_ptr: lse, and from delta_start on delta, of padded rows."""
     c: gl.constexpr = config.static
+    gdc_launch_dependents()
     scale = scale_log2 * LN2
     if c.softcap:
         scale = scale * inner_scale

@@ -5,13 +5,22 @@ the kernel between needs no test for the end of a sequence: rows past it weigh n
 """
 
 from tandem_attn.device.accumulate import CHUNK, from_register_order
-from tandem_attn.device.gluon import gl, gluon
+from tandem_attn.device.gluon import gdc_launch_dependents, gdc_wait, gl, gluon
 from tandem_attn.device.sequence import PADDING
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
 _LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"]
-_NUMBERS = ["num_heads", "seqlen_q", "seqlen_k", "padded_rows"]
+_NUMBERS = ["row_blocks", "num_heads", "seqlen_q", "seqlen_k", "padded_rows"]
+
+
+@gluon.jit
+def _place(row_blocks, num_heads):
+    """(first row, head, sequence) of this program: the grid has one dimension, the others end at 65535."""
+    pid = gl.program_id(0)
+    rest = pid // row_blocks
+    b = rest // num_heads
+    return (pid - rest * row_blocks) * CHUNK, rest - b * num_heads, b
 
 
 @gluon.jit
@@ -35,19 +44,21 @@ def _padded(seqlen):
     ],
     do_not_specialize_on_alignment=["lse_ptr", "dlse_ptr", *_LENGTHS],
 )
-def prepare_rows(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, counters, cu_seqlens_q, cu_seqlens_k,
-                 seqused_q, seqused_k, num_heads, seqlen_q, seqlen_k, padded_rows, delta_start, out_batch, out_row,
+def prepare_rows(out_ptr, dout_ptr, clean_ptr, lse_ptr, dlse_ptr, stat_ptr, counters, cu_seqlens_q, cu_seqlens_k,
+                 seqused_q, seqused_k, row_blocks, num_heads, seqlen_q, seqlen_k, padded_rows, delta_start, out_batch, out_row,
                  out_head, dout_batch, dout_row, dout_head, columns, config: gl.constexpr):  # fmt: skip
     """For 64 rows of one head of sequence b: lse in base 2 (+inf where no key is seen and past the end, so that P is 0),
     delta = rowsum(dO * O) - dlse, and the counters of dQ's accumulator zero where there is one.
+
+    clean_ptr: None, or where a contiguous copy of dO goes that is 0 in rows that see no key. Their P is 0, but
+    0 times the NaN or infinity that may well flow into such a row is not.
 
     Strides (0 for the batch of packed tensors) and `columns` (head_dim_v) are in units of 8 elements: loads
     are of 16 bytes.
     """
     c: gl.constexpr = config.static
-    b = gl.program_id(2)
-    head = gl.program_id(1)
-    m = gl.program_id(0) * CHUNK
+    gdc_launch_dependents()
+    m, head, b = _place(row_blocks, num_heads)
     sequence = c.Sequences.create(
         seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     ).sequence(b)
@@ -73,6 +84,12 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, counters, cu_se
         if dlse_ptr is not None:
             delta -= gl.load(dlse_ptr + lse_at, mask=there, other=0.0)
         seen = lse != float("-inf")
+        if clean_ptr is not None:
+            by_row = rows
+            if not c.Sequences.packed:
+                by_row += b.to(gl.int64) * seqlen_q
+            to = clean_ptr + ((by_row * num_heads + head) * columns * 8)[:, None] + column[None, :]
+            gl.store(to, gl.where(seen[:, None], do, 0.0), mask=keep)
         stat = sequence.padded_row(b, head, num_heads, padded_rows) + m
         to = stat_ptr + stat + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         gl.store(to, gl.where(seen, lse * LOG2E, float("inf")))
@@ -93,13 +110,12 @@ def _clear_counters(counters, stat, config: gl.constexpr):
     do_not_specialize=[*_NUMBERS, "columns"],
     do_not_specialize_on_alignment=_LENGTHS,
 )
-def finish_rows(dq_acc_ptr, dq_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, num_heads, seqlen_q, seqlen_k,
+def finish_rows(dq_acc_ptr, dq_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, row_blocks, num_heads, seqlen_q, seqlen_k,
                 padded_rows, columns, scale, config: gl.constexpr):  # fmt: skip
     """64 rows of one head of dQ: scaled, rounded, in order. dq: (..., heads, 8 * columns), contiguous."""
     c: gl.constexpr = config.static
-    b = gl.program_id(2)
-    head = gl.program_id(1)
-    m = gl.program_id(0) * CHUNK
+    gdc_wait()
+    m, head, b = _place(row_blocks, num_heads)
     sequence = c.Sequences.create(
         seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     ).sequence(b)

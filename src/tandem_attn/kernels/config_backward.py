@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from tandem_attn.device.accumulate import WRITTEN
 from tandem_attn.device.gluon import gl
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.schedule import DenseTiles, VarlenTiles
@@ -22,6 +23,7 @@ from tandem_attn.spec import AttentionSpec
 HEAD_DIMS = (64, 128, 256)  # widths of tiles; TMA fills the rest with zeros
 NUM_CONSUMERS = 2
 KEYS = 64  # of a consumer
+MAX_UNORDERED_KEYS = (WRITTEN.value - 1) * NUM_CONSUMERS * KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +288,8 @@ def backward_configs(spec: AttentionSpec) -> tuple[tuple[BackwardConfig, ...], Q
         Schedule=VarlenTiles if spec.varlen else DenseTiles,
         softcap=spec.softcap > 0.0,
     )
+    # beyond so many tiles of keys, numbers drawn from an accumulator's counter would overflow
+    ordered = spec.deterministic or spec.seqlen_k >= MAX_UNORDERED_KEYS
     if wide > 128:
         return tuple(BackwardConfig(**shared, **choice) for choice in _WIDE), QueryGradientConfig(**shared)
-    return (BackwardConfig(**shared, **_NARROW[wide], ordered=spec.deterministic),), None
+    return (BackwardConfig(**shared, **_NARROW[wide], ordered=ordered),), None

@@ -26,6 +26,9 @@ from tandem_attn.spec import AttentionSpec
 
 MAX_CACHED_ADDRESSES = 4096
 ROWS_TOGETHER = 16  # heads whose tiles of keys are taken together, the longest first
+ORDERED_TILES = (
+    256  # so many tiles at most are taken together where they wait for each other: two per program
+)
 CLEARERS = 16  # programs per gap between sequences
 CHUNK = 64
 
@@ -99,7 +102,8 @@ class BackwardPlan:
         self.stat_rows = (1 if spec.varlen else spec.batch) * spec.num_heads * self.padded_rows
         self.chunks = self.stat_rows * self.by_keys[0].head_dim // CHUNK**2 if self.by_keys[0].with_q else 0
         self.lengths = (spec.total_q, spec.total_k) if spec.varlen else (spec.seqlen_q, spec.seqlen_k)
-        self.row_grid = (self.longest // CHUNK, spec.num_heads, spec.batch)
+        self.row_blocks = self.longest // CHUNK
+        self.row_grid = (self.row_blocks * spec.num_heads * spec.batch, 1, 1)
         self.scales = score_scales(spec.softmax_scale, spec.softcap)
         self.launchers: dict[tuple, KernelLauncher] = {}
         self.maps: dict[tuple, list] = {}
@@ -120,7 +124,13 @@ class BackwardPlan:
         dlse = None if dlse is None else dlse.contiguous()
         dq, dk, dv = grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         space = self._workspace()
-        self._prepare_rows(stream, out, dout, lse, dlse, space, pointers)
+        clean = (
+            torch.empty(out.shape, dtype=out.dtype, device=out.device)
+            if self._may_be_blind(pointers)
+            else None
+        )
+        self._prepare_rows(stream, out, dout, clean, lse, dlse, space, pointers)
+        dout = dout if clean is None else clean
         for config in self.by_keys:
             self._launch_by_keys(config, stream, (q, k, v, dout, dk, dv), space, pointers)
         if self.by_queries is None:
@@ -158,19 +168,33 @@ class BackwardPlan:
                 encoded = self.maps[at] = launcher.encode(at[1:], described)
         launcher.launch_flat(grid, stream, encoded, tensors, rest)
 
-    def _prepare_rows(self, stream, out, dout, lse, dlse, space: Workspace, pointers) -> None:
+    def _may_be_blind(self, pointers) -> bool:
+        """Whether there may be query rows that see none of the keys that there are."""
         spec = self.spec
-        tensors = (out, dout, lse, dlse, space.statistics, space.counters, *pointers)
-        numbers = (spec.num_heads, *self.lengths, self.padded_rows, self.stat_rows)
+        if spec.window.right < 0:
+            return False
+        if not spec.varlen:
+            return spec.seqlen_k - spec.seqlen_q + spec.window.right < 0
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = pointers
+        same = cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()
+        return not (same and seqused_q is None and seqused_k is None)
+
+    def _prepare_rows(self, stream, out, dout, clean, lse, dlse, space: Workspace, pointers) -> None:
+        spec = self.spec
+        tensors = (out, dout, clean, lse, dlse, space.statistics, space.counters, *pointers)
+        numbers = (self.row_blocks, spec.num_heads, *self.lengths, self.padded_rows, self.stat_rows)
         strides = (*_three_strides(out), *_three_strides(dout))
         rest = (*numbers, *strides, spec.head_dim_v // 8, self.by_keys[0])
-        self._launch(("prepare", dlse is None), prepare_rows, self.row_grid, stream, tensors, rest)
+        self._launch(
+            ("prepare", clean is None, dlse is None), prepare_rows, self.row_grid, stream, tensors, rest
+        )
 
     def _finish_rows(self, stream, accumulator, dq, pointers) -> None:
         spec = self.spec
-        numbers = (spec.num_heads, *self.lengths, self.padded_rows, spec.head_dim // 8)
+        numbers = (self.row_blocks, spec.num_heads, *self.lengths, self.padded_rows, spec.head_dim // 8)
         rest = (*numbers, spec.softmax_scale, self.by_keys[0])
-        self._launch(("finish",), finish_rows, self.row_grid, stream, (accumulator, dq, *pointers), rest)
+        tensors = (accumulator, dq, *pointers)
+        self._launch(("finish",), finish_rows, self.row_grid, stream, tensors, rest, launch_pdl=True)
 
     def _clear_padding(self, stream, grads, pointers) -> None:
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = pointers
@@ -194,7 +218,7 @@ class BackwardPlan:
         tensors = (space.counters, *pointers)
         key = ("keys", config.gradients, operands[3].stride())
         maps = (described, lambda: self._descriptors(config, described))
-        options = dict(maxnreg=config.maxnreg)
+        options = dict(maxnreg=config.maxnreg, launch_pdl=True)
         self._launch(key, attention_backward, (programs, 1, 1), stream, tensors, numbers, maps, **options)
 
     def _launch_by_queries(self, stream, operands: tuple, space: Workspace, pointers) -> None:
@@ -216,15 +240,17 @@ class BackwardPlan:
         tensors = (space.statistics, *pointers)
         key = ("queries", operands[3].stride())
         maps = (operands, lambda: self._descriptors(config, operands))
-        options = dict(maxnreg=config.maxnreg)
+        options = dict(maxnreg=config.maxnreg, launch_pdl=True)
         self._launch(key, query_gradient, (programs, 1, 1), stream, tensors, numbers, maps, **options)
 
     def _tiles(self, heads: int, longest: int, total: int, size: int) -> tuple[int, int, list[int]]:
         """(programs, heads taken together, what Rows divides by) for tiles of `size` rows or keys."""
         spec = self.spec
         rows = heads if spec.varlen else spec.batch * heads
-        together = min(ROWS_TOGETHER, rows)
         blocks = -(-longest // size)
+        together = min(ROWS_TOGETHER, rows)
+        if self.by_keys[0].ordered:
+            together = max(1, min(together, ORDERED_TILES // blocks))
         programs = (total // size + min(spec.batch, total)) * heads if spec.varlen else blocks * rows
         divisors = (heads, together, rows % together or together, together * blocks)
         return programs, together, [division_magic(d) for d in divisors]

@@ -6,6 +6,8 @@ function it ends in within reach (private); other versions take the public path,
 
 from __future__ import annotations
 
+import types
+
 import torch
 import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -21,7 +23,14 @@ class KernelLauncher:
 
     def __init__(self, kernel, arguments: tuple, options: dict):
         self.kernel, self.options = kernel, dict(options, enable_fp_fusion=True)
-        self.descriptors = [a for a in arguments if isinstance(a, TensorDescriptor)]
+        # all but the tensor, which would be kept alive
+        self.descriptors = [
+            types.SimpleNamespace(
+                shape=a.shape, strides=a.strides, block_shape=a.block_shape, layout=a.layout
+            )
+            for a in arguments
+            if isinstance(a, TensorDescriptor)
+        ]
         self.compiled = kernel.warmup(*arguments, grid=(1,), **self.options)
         self._c_launch = self._find_c_launch()
 
