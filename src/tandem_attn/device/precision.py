@@ -30,3 +30,13 @@ def unpack_operand(x, dtype: gl.constexpr, o_layout: gl.constexpr):
         "mov.b32 $0, $1;", "=r,r,r", [gl.join(x, x)], dtype=dtype.value, is_pure=False, pack=2
     )
     return gl.convert_layout(y.reshape([M, N]), gl.DotOperandLayout(0, o_layout, 2), assert_trivial=True)
+
+
+@gluon.jit
+def product16(a, b, dtype: gl.constexpr):
+    """a * b in 16 bits, two at a time."""
+    if dtype == gl.bfloat16:
+        asm: gl.constexpr = "mul.rn.bf16x2 $0, $1, $2;"
+    else:
+        asm: gl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
+    return gl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=dtype.value, is_pure=True, pack=2)

@@ -1,4 +1,4 @@
-"""Stages of query rows for the backward: a tile of Q or dO together with the number per row that goes with it.
+"""Stages of query rows for the backward: a tile of Q or dO with the number per row that goes with it.
 
 As device/ring.py, but the other way round: keys stay and rows stream. Fills are numbered from 0.
 """
@@ -11,8 +11,8 @@ from tandem_attn.device.ring import make_barriers
 def hidden(i: gl.constexpr):
     """i, as a number that the compiler cannot see through.
 
-    Else it keeps every wgmma descriptor of an operand that stays in place in registers across the loop: 140 to 560 bytes of spills,
-    and wgmma serialised (C7512).
+    Else it keeps every wgmma descriptor of an operand that stays in place in registers across the loop: 140
+    to 560 bytes of spills, and wgmma serialised (C7512).
     """
     zero = gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     return zero + i

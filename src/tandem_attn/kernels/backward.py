@@ -1,4 +1,5 @@
-"""FlashAttention-3 backward for sm_90a: one producer warp, two consumer warpgroups (arXiv 2407.08608, alg. 3).
+"""FlashAttention-3 backward for sm_90a: one producer warp, two consumer warpgroups (arXiv 2407.08608,
+alg. 3).
 
 One program per 128 keys of a KV head. K and V stay in shared memory; the producer streams blocks of query
 rows (Q, dO, and the numbers lse and delta of each row) of all query heads of the group. A consumer owns 64
@@ -13,8 +14,9 @@ and dV stay in registers to the end. Step i, with S^T(i) = K Q^T already there:
 
 dQ lags by one block, so that consumers need not meet inside a step; each makes one half of it. Whatever a
 step starts it also waits for: one wgmma in flight across the loop's back edge, and ptxas serialises all.
-Where dK and dV do not fit in registers together (head_dim 192 and 256) there are two launches, one for dK and
-one for dV, and dQ has a kernel of its own, kernels/backward_queries.py. Why each of these is so, what it measured, and the budgets: docs/kernels/backward.md.
+Where dK and dV do not fit in registers together (head_dim 192 and 256) there are two launches, one for dK
+and one for dV, and dQ has a kernel of its own, kernels/backward_queries.py. Why each of these is so, what it
+measured, and the budgets: docs/kernels/backward.md.
 """
 
 from tandem_attn.device.accumulate import Place, make_adds
@@ -35,6 +37,7 @@ from tandem_attn.device.gluon import (
     warpgroup_mma_wait,
 )
 from tandem_attn.device.mask import apply_mask_transposed
+from tandem_attn.device.precision import product16
 from tandem_attn.device.ring import make_barriers
 from tandem_attn.device.row_ring import RowRing, hidden, make_row_ring
 from tandem_attn.device.schedule import Rows
@@ -107,16 +110,6 @@ class State:
     s: gl.tensor  # S^T of the next block, if scores are computed ahead
     dk: gl.tensor
     dv: gl.tensor
-
-
-@gluon.jit
-def _product16(a, b, dtype: gl.constexpr):
-    """a * b in 16 bits, two at a time."""
-    if dtype == gl.bfloat16:
-        asm: gl.constexpr = "mul.rn.bf16x2 $0, $1, $2;"
-    else:
-        asm: gl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
-    return gl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=dtype.value, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -194,7 +187,7 @@ def _score_gradient(problem, shared, i, p16, sloped, dp):
     delta = shared.do.stats(i, gl.SliceLayout(0, c.s_accumulator))
     difference = dp - gl.expand_dims(delta, 0)
     if c.packed_ds and not c.softcap:
-        return _product16(p16, difference.to(c.dtype), c.dtype)
+        return product16(p16, difference.to(c.dtype), c.dtype)
     else:
         return (sloped * difference).to(c.dtype)
 
@@ -451,8 +444,8 @@ def _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config: gl.constexp
 )
 def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_desc, stat_desc, counters,
                        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch, num_kv_heads, group_size,
-                       seqlen_q, seqlen_k, window_left, window_right, padded_rows, delta_start, group, heads_magic,
-                       group_magic, last_magic, tiles_magic, scale_log2, inner_scale,
+                       seqlen_q, seqlen_k, window_left, window_right, padded_rows, delta_start, group,
+                       heads_magic, group_magic, last_magic, tiles_magic, scale_log2, inner_scale,
                        config: gl.constexpr):  # fmt: skip
     """seqlen_q, seqlen_k, cu_seqlens, seqused, group and ..._magic: as in the forward kernel, for tiles of
     keys; dq_desc: the accumulator; counters: int32 zeros, one per chunk of it."""
@@ -481,8 +474,8 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_des
         turn = begin * 0
         if c.rotates:
             turn = n_start // c.tile_m % gl.maximum(end, 1)
-        tile = Tile(sequence, index, mask, kv_head, n_start, gl.to_tensor(begin), end, gl.to_tensor(whole_begin),
-                    whole_end, blocks, gl.to_tensor(turn))  # fmt: skip
+        tile = Tile(sequence, index, mask, kv_head, n_start, gl.to_tensor(begin), end,
+                    gl.to_tensor(whole_begin), whole_end, blocks, gl.to_tensor(turn))  # fmt: skip
         shared = _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config)
         if c.with_q:
             adds = make_adds(dq_desc, counters, c.ordered)
@@ -499,3 +492,5 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_des
                 (_consumer, (1, problem, shared, None, tile, dk_desc, dv_desc)),
                 (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
             ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gdc_wait()  # so that the end of this kernel tells that the one before has ended

@@ -146,6 +146,7 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc):
         mbarrier.expect(full, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
         coords = tile.sequence.coords("q", tile.head, tile.m_start + 64 * group, 0)
         tma_load(q_desc, coords, full, shared.q.index(group).reshape(q_desc.block_type.shape))
+        gdc_wait()  # dO may be a copy by prepare_rows
         tma_load(do_desc, coords, full, shared.do.index(group).reshape(do_desc.block_type.shape))
     for j in range(tile.count):
         n_start = (tile.n_end - 1 - j) * c.tile_n

@@ -11,6 +11,7 @@ from tandem_attn.device.sequence import PADDING
 LOG2E = gl.constexpr(1.4426950408889634)
 
 _LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"]
+_STRIDES = ["out_batch", "out_row", "out_head", "dout_batch", "dout_row", "dout_head"]
 _NUMBERS = ["row_blocks", "num_heads", "seqlen_q", "seqlen_k", "padded_rows"]
 
 
@@ -29,30 +30,18 @@ def _padded(seqlen):
 
 
 @gluon.jit(
-    do_not_specialize=[
-        *_NUMBERS,
-        *(
-            "delta_start",
-            "out_batch",
-            "out_row",
-            "out_head",
-            "dout_batch",
-            "dout_row",
-            "dout_head",
-            "columns",
-        ),
-    ],
+    do_not_specialize=[*_NUMBERS, *_STRIDES, "delta_start", "columns"],
     do_not_specialize_on_alignment=["lse_ptr", "dlse_ptr", *_LENGTHS],
 )
-def prepare_rows(out_ptr, dout_ptr, clean_ptr, lse_ptr, dlse_ptr, stat_ptr, counters, cu_seqlens_q, cu_seqlens_k,
-                 seqused_q, seqused_k, row_blocks, num_heads, seqlen_q, seqlen_k, padded_rows, delta_start, out_batch, out_row,
-                 out_head, dout_batch, dout_row, dout_head, columns, config: gl.constexpr):  # fmt: skip
-    """For 64 rows of one head of sequence b: lse in base 2 (+inf where no key is seen and past the end, so that P is 0),
-    delta = rowsum(dO * O) - dlse, and the counters of dQ's accumulator zero where there is one.
+def prepare_rows(out_ptr, dout_ptr, clean_ptr, lse_ptr, dlse_ptr, stat_ptr, counters, cu_seqlens_q,
+                 cu_seqlens_k, seqused_q, seqused_k, row_blocks, num_heads, seqlen_q, seqlen_k,
+                 padded_rows, delta_start, out_batch, out_row, out_head, dout_batch, dout_row, dout_head,
+                 columns, config: gl.constexpr):  # fmt: skip
+    """For 64 rows of one head of sequence b: lse in base 2 (+inf where no key is seen and past the end, so
+    that P is 0), delta = rowsum(dO * O) - dlse, and the counters of dQ's accumulator zero where there is one.
 
-    clean_ptr: None, or where a contiguous copy of dO goes that is 0 in rows that see no key. Their P is 0, but
-    0 times the NaN or infinity that may well flow into such a row is not.
-
+    clean_ptr: None, or where a contiguous copy of dO goes that is 0 in rows that see no key. Their P is 0,
+    but 0 times the NaN or infinity that may well flow into such a row is not.
     Strides (0 for the batch of packed tensors) and `columns` (head_dim_v) are in units of 8 elements: loads
     are of 16 bytes.
     """
@@ -110,8 +99,9 @@ def _clear_counters(counters, stat, config: gl.constexpr):
     do_not_specialize=[*_NUMBERS, "columns"],
     do_not_specialize_on_alignment=_LENGTHS,
 )
-def finish_rows(dq_acc_ptr, dq_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, row_blocks, num_heads, seqlen_q, seqlen_k,
-                padded_rows, columns, scale, config: gl.constexpr):  # fmt: skip
+def finish_rows(dq_acc_ptr, dq_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, row_blocks,
+                num_heads, seqlen_q, seqlen_k, padded_rows, columns, scale,
+                config: gl.constexpr):  # fmt: skip
     """64 rows of one head of dQ: scaled, rounded, in order. dq: (..., heads, 8 * columns), contiguous."""
     c: gl.constexpr = config.static
     gdc_wait()

@@ -296,18 +296,25 @@ def _with_room_for_copies(choice: dict, mask: type, head_dim: int) -> dict:
     return roomy
 
 
+def mask_of(spec: AttentionSpec) -> type:
+    """The mask that serves any lengths."""
+    if spec.window.left >= 0 or spec.window.right > 0:
+        return WindowMask
+    return CausalMask if spec.window.right == 0 else FullMask
+
+
+def without_edges(mask: type, spec: AttentionSpec, tile_n: int) -> type:
+    """The mask, or none where every row sees every key of whole blocks."""
+    return NoMask if mask is FullMask and not spec.varlen and spec.seqlen_k % tile_n == 0 else mask
+
+
 def forward_config(spec: AttentionSpec, copies_operands: bool = COPIES_OPERANDS) -> ForwardConfig:
     """The compile-time configuration for a question that the gluon backend accepts.
 
     `copies_operands`: of the Triton that compiles it, see device/gluon.py.
     """
-    kinds = set()
-    if spec.window.left >= 0 or spec.window.right > 0:
-        mask, kinds = WindowMask, {"window"}
-    elif spec.window.right == 0:
-        mask, kinds = CausalMask, {"causal"}
-    else:
-        mask = FullMask
+    mask = mask_of(spec)
+    kinds = {WindowMask: {"window"}, CausalMask: {"causal"}}.get(mask, set())
     if max(spec.seqlen_q, spec.seqlen_k) <= SHORT:
         kinds = kinds | {"short"}
     elif min(spec.seqlen_q, spec.seqlen_k) >= LONG:
@@ -317,9 +324,7 @@ def forward_config(spec: AttentionSpec, copies_operands: bool = COPIES_OPERANDS)
     (head_dim, head_dim_v), choice = _tuned(spec.head_dim, spec.head_dim_v, kinds)
     if copies_operands:
         choice = _with_room_for_copies(choice, mask, head_dim)
-    tile_n = choice.get("tile_n", 128)
-    if mask is FullMask and not spec.varlen and spec.seqlen_k % tile_n == 0:
-        mask = NoMask
+    mask = without_edges(mask, spec, choice.get("tile_n", 128))
     schedule = VarlenTiles if spec.varlen else DenseTiles if mask is CausalMask else PlainTiles
     return ForwardConfig(
         element="bf16" if spec.dtype == torch.bfloat16 else "fp16",

@@ -14,10 +14,9 @@ import torch
 
 from tandem_attn.device.accumulate import WRITTEN
 from tandem_attn.device.gluon import gl
-from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.schedule import DenseTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
-from tandem_attn.kernels.config import SHARED_MEMORY, KernelConfig
+from tandem_attn.kernels.config import SHARED_MEMORY, KernelConfig, mask_of, without_edges
 from tandem_attn.spec import AttentionSpec
 
 HEAD_DIMS = (64, 128, 256)  # widths of tiles; TMA fills the rest with zeros
@@ -85,7 +84,7 @@ class BackwardConfig(KernelConfig):
 
     @property
     def skips(self) -> bool:
-        """Whether the second consumer leaves out blocks that none of its keys sees: where such blocks exist."""
+        """Whether the second consumer leaves out blocks that none of its keys sees."""
         return self.with_q and self.tile_m < self.tile_n and self.Mask.has_diagonal.value
 
     @property
@@ -265,14 +264,7 @@ _WIDE = (dict(gradients="k", do_stages=1), dict(gradients="v"))
 def backward_configs(spec: AttentionSpec) -> tuple[tuple[BackwardConfig, ...], QueryGradientConfig | None]:
     """The compile-time configurations for a question that the gluon backend accepts: of the launches that go
     by keys, and of the one that goes by queries if there is one."""
-    if spec.window.left >= 0 or spec.window.right > 0:
-        mask = WindowMask
-    elif spec.window.right == 0:
-        mask = CausalMask
-    elif not spec.varlen and spec.seqlen_k % (NUM_CONSUMERS * KEYS) == 0:
-        mask = NoMask
-    else:
-        mask = FullMask
+    mask = without_edges(mask_of(spec), spec, NUM_CONSUMERS * KEYS)
     head_dim, head_dim_v = native_head_dim(spec.head_dim), native_head_dim(spec.head_dim_v)
     wide = max(head_dim, head_dim_v)
     if wide == 128:
