@@ -90,8 +90,12 @@ def _num_tiles_bound(spec: AttentionSpec, tile_rows: int) -> int:
 
 
 def describe(spec: AttentionSpec) -> str:
-    """One line for explain(): the configuration chosen."""
-    return str(forward_config(spec))
+    """One line for explain(): the configurations chosen."""
+    from tandem_attn.kernels.config_backward import backward_configs
+
+    by_keys, by_queries = backward_configs(spec)
+    gradients = [str(config) for config in (*by_keys, by_queries) if config is not None]
+    return "; ".join([str(forward_config(spec)), *gradients])
 
 
 def forward(spec: AttentionSpec) -> ForwardPlan:
