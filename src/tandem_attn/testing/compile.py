@@ -100,24 +100,26 @@ def forward_source(config: ForwardConfig, seqused: str = "") -> GluonASTSource:
     return GluonASTSource(attention_forward, signature, constants, aligned)
 
 
-def compile_forward(config: ForwardConfig, seqused: str = ""):
-    """The compiled kernel (triton's CompiledKernel) of one configuration."""
-    options = dict(num_warps=4, maxnreg=config.maxnreg, enable_fp_fusion=True)
-    return triton.compile(forward_source(config, seqused), target=GPUTarget("cuda", 90, 32), options=options)
-
-
 def report(config: ForwardConfig, seqused: str = "") -> Report:
-    """Compile afresh and read the assembler's log, the PTX and the SASS."""
+    """Compile the kernel of one configuration and look at it."""
+    fields, _ = compiled(forward_source(config, seqused), maxnreg=config.maxnreg)
+    return Report(**fields)
+
+
+def compiled(source: GluonASTSource, **options) -> tuple[dict, str]:
+    """Compile afresh and read the assembler's log, the PTX and the SASS: the fields of a Report, and the PTX."""
     start = sum(os.times()[:4])
     log = io.StringIO()
+    options = dict(num_warps=4, enable_fp_fusion=True, **options)
     with always_compile(), contextlib.redirect_stdout(log):
-        kernel = compile_forward(config, seqused)
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     said, ptx, sass = log.getvalue(), kernel.asm["ptx"], disassembled(kernel.asm["cubin"])
-    return Report(
+    registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
+    fields = dict(
         seconds=round(sum(os.times()[:4]) - start, 2),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said))),
-        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
-        register_use=register_use(sass, config.maxnreg),
+        registers=registers,
+        register_use=register_use(sass, options.get("maxnreg", registers)),
         warnings=tuple(line.strip() for line in said.splitlines() if "C75" in line),
         shared_memory=kernel.metadata.shared,
         tight_loops=tight_loops(sass),
@@ -125,6 +127,7 @@ def report(config: ForwardConfig, seqused: str = "") -> Report:
         unfenced_stores=unfenced_stores(ptx),
         setmaxnreg=tuple(sorted({int(n) for n in re.findall(r"setmaxnreg\S*\s+(\d+)", ptx)})),
     )
+    return fields, ptx
 
 
 @contextlib.contextmanager
