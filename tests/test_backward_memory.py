@@ -19,6 +19,7 @@ from backward_cases import (
     assert_zeros,
     attended,
     backward_of,
+    documented_bytes,
     gradients,
     plain_gradients,
     upstream,
@@ -227,19 +228,9 @@ def test_inputs_are_left_alone(hopper, dims):
             assert torch.equal(as_bits(x), as_bits(y))
 
 
-def padded_to(n: int, size: int) -> int:
-    return -(-n // size) * size
-
-
-def documented_bytes(case: Case) -> int:
-    """Gradients; dq in float32, in tiles of 128 rows and 64, 128 or 256 columns; two numbers a row."""
-    tokens = sum(case.lengths_q) if case.varlen else case.batch * case.seqlen_q
-    keys = sum(case.lengths_k) if case.varlen else case.batch * case.seqlen_k
-    results = 2 * tokens * case.heads * case.head_dim
-    results += 2 * keys * case.kv_heads * (case.head_dim + case.dim_v)
-    rows = tokens + 128 * (case.batch + 1) if case.varlen else case.batch * padded_to(case.seqlen_q, 128)
-    width = next(d for d in (64, 128, 256) if d >= max(case.head_dim, case.dim_v))
-    return results + rows * case.heads * 4 * (width + 2)
+def requested_bytes() -> int:
+    """What tensors ask for: the allocator hands out up to a megabyte more."""
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
@@ -248,6 +239,7 @@ def documented_bytes(case: Case) -> int:
     [
         *(dense((2048, 2048), dims, (8, 2), batch=2, **CAUSAL) for dims in TILES),
         dense((2048, 2048), (128, 128), (16, 16), batch=2),
+        dense((2048, 1000), (128, 128), (8, 2), **CAUSAL),
         dense((32768, 32768), (64, 64), (2, 1), **CAUSAL),
         packed(((2000, 70, 1, 0, 3000), (2000, 500, 9, 30, 1000)), (128, 128), (8, 2), **CAUSAL),
         packed(((40,) * 100, (40,) * 100), (64, 64), (8, 8), **CAUSAL),
@@ -264,10 +256,10 @@ def test_a_backward_takes_the_memory_that_is_documented(hopper, case, determinis
     for _ in range(2):  # the first may compile, and keep counters
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before, asked_for = torch.cuda.memory_allocated(), requested_bytes()
         found = backward_of(leaves, results, grads, retain_graph=True)
         grown = torch.cuda.max_memory_allocated() - before
-        kept = torch.cuda.memory_allocated() - before - sum(x.nbytes for x in found)
+        kept = requested_bytes() - asked_for - sum(x.nbytes for x in found)
         del found
     allowed = documented_bytes(case)
     assert grown <= 1.02 * allowed + 2**20, f"{grown:,} bytes, documented: {allowed:,}"

@@ -163,7 +163,7 @@ def named_barriers(ptx: str) -> tuple[int, ...]:
 
 
 def unfenced_stores(ptx: str) -> int:
-    """How many TMA stores have a write to shared memory, but no proxy fence, right before them.
+    """How many TMA stores or reductions have a write to shared memory, but no proxy fence, right before them.
 
     The TMA reads through another proxy: without `fence.proxy.async` it may see what was there before.
     """
@@ -173,7 +173,7 @@ def unfenced_stores(ptx: str) -> int:
             written = False
         elif re.search(r"\b(st\.shared|stmatrix)", line):
             written = True
-        elif re.search(r"cp\.async\.bulk\.tensor\S*\.global\.shared", line):
+        elif re.search(r"cp\.(reduce\.)?async\.bulk\.tensor\S*\.global\.shared", line):
             count += written
     return count
 
@@ -198,11 +198,11 @@ def report_all(names: list[str], jobs: int, report_by_name: Callable = _report_b
             yield from pool.imap_unordered(report_by_name, names)
 
 
-def one_line(name: str, fields: dict) -> str:
+def one_line(name: str, fields: dict, kind: type[Report] = Report) -> str:
     """A report for people."""
     if "error" in fields:
         return f"{name}: FAILED {fields['error'].strip().splitlines()[-1]}"
-    r = Report.from_json(fields)
+    r = kind.from_json(fields)
     loops = " ".join(f"{x['length']}:{x['HGMMA']}+{x['PRMT']}p{x['spill']}s" for x in r.tight_loops)
     warned = f" {' '.join(r.warnings)}" if r.warnings else ""
     return f"{name}: {r.seconds} s, {r.shared_memory} B shared, {r.spill_bytes} B spilled, {loops}{warned}"

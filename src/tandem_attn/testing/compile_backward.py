@@ -1,98 +1,171 @@
-"""Compile backward kernels for sm_90a on a machine without a GPU: see testing/compile.py.
+"""Compile backward kernels for sm_90a on a machine without a GPU, and read what came out.
 
-python -m tandem_attn.testing.compile_backward [--jobs N] [--out reports.json] [NAME ...]
+2 to 8 seconds of one core a kernel.
+
+    python -m tandem_attn.testing.compile_backward [--jobs N] [--out reports.json] [NAME ...]
+
+compiles every kernel of testing/shipped_backward.py (or those named) and prints a line for each; with another
+Triton first on PYTHONPATH, with that one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
+import collections
+import dataclasses
+import functools
 import re
 import sys
 import traceback
 
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from tandem_attn.kernels import backward_rows
 from tandem_attn.kernels.backward import attention_backward
 from tandem_attn.kernels.backward_queries import query_gradient
-from tandem_attn.kernels.config_backward import BackwardConfig, QueryGradientConfig
+from tandem_attn.kernels.config_backward import KEYS, NUM_CONSUMERS, BackwardConfig, QueryGradientConfig
 from tandem_attn.kernels.launch_backward import backward_boxes
-from tandem_attn.testing.compile import (
-    KEYED_BY,
-    Report,
-    always_compile,
-    command_line,
-    disassembled,
-    named_barriers,
-    one_line,
-    unfenced_stores,
-)
-from tandem_attn.testing.sass import register_use, tight_loops
-from tandem_attn.testing.shipped_backward import variants
+from tandem_attn.testing.compile import Report, command_line, compiled, one_line
+from tandem_attn.testing.shipped_backward import Variant, variants
+
+OF_ELEMENTS = ("out_ptr", "dout_ptr", "clean_ptr", "dq_ptr", "ptr")  # pointers to 16-bit elements
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens")  # of packed sequences
+WAITS_FOR_ROWS = ("", "finish_rows")  # kernels that start while those before them end
 
 
-def backward_source(config: BackwardConfig | QueryGradientConfig) -> GluonASTSource:
-    """The kernel of one configuration, not yet compiled."""
-    kernel = attention_backward if isinstance(config, BackwardConfig) else query_gradient
-    boxes = backward_boxes(config)
-    packed = config.Sequences.packed.value
-    signature = {}
-    for name in kernel.arg_names:
-        if name in boxes:
-            box, layout, element = boxes[name]
-            signature[name] = f"tensordesc<{element}[{', '.join(map(str, box))}],{layout!r}>"
-        elif name in KEYED_BY:
-            signature[name] = "*i32" if packed and name.startswith("cu_") else "constexpr"
-        elif name in ("stat_ptr", "counters"):
-            signature[name] = "*fp32" if name == "stat_ptr" else "*i32"
-        elif name == "config":
-            signature[name] = "constexpr"
-        else:
-            signature[name] = "fp32" if "scale" in name else "i64" if "magic" in name else "i32"
-    names = list(signature)
-    constants = {(names.index(n),): None for n in names if signature[n] == "constexpr"}
-    constants[(names.index("config"),)] = config
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    return GluonASTSource(kernel, signature, constants, aligned)
+@dataclasses.dataclass(frozen=True)
+class BackwardReport(Report):
+    """What became of a kernel."""
+
+    unfenced_arrivals: int  # arrivals on an mbarrier with writes to shared memory since the last proxy fence
+    accesses: dict[str, int]  # loads and stores of global memory: "ld.v4.b32" -> how many instructions
 
 
-def report(config: BackwardConfig | QueryGradientConfig) -> Report:
-    """Compile afresh and read the assembler's log, the PTX and the SASS."""
-    start = sum(os.times()[:4])
-    log = io.StringIO()
-    options = dict(num_warps=4, maxnreg=config.maxnreg, enable_fp_fusion=True)
-    with always_compile(), contextlib.redirect_stdout(log):
-        kernel = triton.compile(backward_source(config), target=GPUTarget("cuda", 90, 32), options=options)
-    said, ptx, sass = log.getvalue(), kernel.asm["ptx"], disassembled(kernel.asm["cubin"])
-    return Report(
-        seconds=round(sum(os.times()[:4]) - start, 2),
-        spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said))),
-        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
-        register_use=register_use(sass, config.maxnreg),
-        warnings=tuple(line.strip() for line in said.splitlines() if "C75" in line),
-        shared_memory=kernel.metadata.shared,
-        tight_loops=tight_loops(sass),
-        named_barriers=named_barriers(ptx),
-        unfenced_stores=unfenced_stores(ptx),
-        setmaxnreg=tuple(sorted({int(n) for n in re.findall(r"setmaxnreg\S*\s+(\d+)", ptx)})),
-    )
+def kernel_of(variant: Variant):
+    """The jit function."""
+    if variant.of_rows:
+        return getattr(backward_rows, variant.of_rows)
+    return attention_backward if isinstance(variant.config, BackwardConfig) else query_gradient
+
+
+def options_of(variant: Variant) -> dict:
+    """As kernels/launch_backward.py compiles it."""
+    options = {} if variant.of_rows else dict(maxnreg=variant.config.maxnreg)
+    return options | (dict(launch_pdl=True) if variant.of_rows in WAITS_FOR_ROWS else {})
+
+
+def type_of(name: str, variant: Variant) -> str:
+    """Of an argument, as Triton spells it; "constexpr" where it is None or the configuration."""
+    config = variant.config
+    boxes = {} if variant.of_rows else backward_boxes(config)
+    if name in boxes:
+        box, layout, element = boxes[name]
+        return f"tensordesc<{element}[{', '.join(map(str, box))}],{layout!r}>"
+    if name in ("clean_ptr", "dlse_ptr") or name.startswith("seqused"):
+        there = name in variant.given
+    elif name in LENGTHS:
+        there = config.Sequences.packed.value
+    else:
+        there = name != "config" and (name != "counters" or config.with_q)
+    if not there:
+        return "constexpr"
+    if name in OF_ELEMENTS:
+        return f"*{config.element}"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    if name == "counters" or name in LENGTHS or name.startswith("seqused"):
+        return "*i32"
+    return "fp32" if "scale" in name else "i64" if "magic" in name else "i32"
+
+
+def backward_source(variant: Variant) -> GluonASTSource:
+    """The kernel, not yet compiled."""
+    kernel = kernel_of(variant)
+    signature = {name: type_of(name, variant) for name in kernel.arg_names}
+    constants, divisors = {}, {}
+    for parameter, (name, kind) in zip(kernel.params, signature.items(), strict=True):
+        at = (parameter.num,)
+        if kind == "constexpr":
+            constants[at] = variant.config if name == "config" else None
+        elif kind.startswith("*") and not parameter.do_not_specialize_on_alignment:
+            divisors[at] = [["tt.divisibility", 16]]
+    return GluonASTSource(kernel, signature, constants, divisors)
+
+
+def backward_report(variant: Variant) -> BackwardReport:
+    """Compile a kernel and look at it."""
+    fields, ptx = compiled(backward_source(variant), **options_of(variant))
+    return BackwardReport(**fields, unfenced_arrivals=unfenced_arrivals(ptx), accesses=accesses(ptx))
+
+
+def unfenced_arrivals(ptx: str) -> int:
+    """How many arrivals on an mbarrier have a write to shared memory, but no proxy fence, before them.
+
+    What one warp writes here another one gives to TMA or to wgmma when it has waited for the mbarrier, so
+    the fence must come before the arrival: `unfenced_stores` sees only one that comes before the store. What
+    partitions are started with is handed over at a `barrier.sync`, and nothing but loads reads it.
+    """
+    count, written = 0, False
+    for line in ptx.splitlines():
+        if "fence.proxy.async" in line or "barrier.sync" in line:
+            written = False
+        elif re.search(r"\b(st\.shared|stmatrix)", line):
+            written = True
+        elif "mbarrier.arrive" in line:
+            count += written
+    return count
+
+
+def accesses(ptx: str) -> dict[str, int]:
+    """Loads and stores of global memory by kind, those of inline assembly left out."""
+    found = re.findall(r"(ld|st)\.global\.((?:v\d\.)?[bsuf]\d+)\s", ptx)
+    return dict(collections.Counter(".".join(kind) for kind in found))
+
+
+def products_per_block(config: BackwardConfig | QueryGradientConfig) -> int:
+    """wgmma of a consumer per block, each of 16 columns, rows or keys: S, dP, and the gradients."""
+    if isinstance(config, QueryGradientConfig):
+        return (config.head_dim + config.head_dim_v + config.tile_n) // 16
+    scores = config.head_dim + (config.head_dim_v if config.with_k else 0)
+    gradients = config.tile_m * (config.with_k + config.with_v)
+    return (scores + gradients) // 16 + (products_of_dq() if config.with_q else 0)
+
+
+def products_of_dq() -> int:
+    """wgmma of a consumer for its half of dQ: it sums over the keys of both."""
+    return NUM_CONSUMERS * KEYS // 16
+
+
+def exponentials_per_block(config: BackwardConfig | QueryGradientConfig) -> int:
+    """One per score: 64 keys by a block of rows, or 64 rows by a block of keys, for 128 threads."""
+    return (config.tile_n if isinstance(config, QueryGradientConfig) else config.tile_m) // 2
+
+
+def expected_loops(config: BackwardConfig | QueryGradientConfig) -> collections.Counter:
+    """(wgmma, exponentials) of each loop over blocks: how many such loops there are.
+
+    One per consumer and kind of block: whole, and masked at either edge. Where the second consumer skips,
+    it has one more, without exponentials: scores ahead, and dQ.
+    """
+    kinds = 1 + config.Mask.masks.value + config.Mask.has_left_edge.value
+    loops = {(products_per_block(config), exponentials_per_block(config)): kinds * NUM_CONSUMERS}
+    if isinstance(config, BackwardConfig) and config.skips:
+        loops[config.head_dim // 16 + products_of_dq(), 0] = 1
+    return collections.Counter(loops)
 
 
 def _report_by_name(name: str) -> tuple[str, dict]:
     """In a worker: (name, report or error as plain data)."""
     variant = next(v for v in variants() if v.name == name)
     try:
-        return name, vars(report(variant.config))
+        return name, vars(backward_report(variant))
     except Exception:
         return name, {"error": traceback.format_exc(limit=-6)}
 
 
 def main(given: list[str]) -> int:
     """The command line."""
-    return command_line(given, "compile_backward", [v.name for v in variants()], _report_by_name, one_line)
+    names, line = [v.name for v in variants()], functools.partial(one_line, kind=BackwardReport)
+    return command_line(given, "compile_backward", names, _report_by_name, line)
 
 
 if __name__ == "__main__":

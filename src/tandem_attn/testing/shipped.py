@@ -83,13 +83,19 @@ class Variant:
         parts = [c.element, f"{c.head_dim}x{c.head_dim_v}", c.Mask.__name__, c.Sequences.__name__]
         parts += [f"seqused_{self.seqused}"] if self.seqused else []
         said = {"element", "head_dim", "head_dim_v", "Mask", "Sequences", "Schedule"}
-        for field in dataclasses.fields(c):
-            value = getattr(c, field.name)
-            if field.name in said or value == field.default:
-                continue
-            flag = ("" if value else "no_") + field.name
-            parts.append(flag if isinstance(value, bool) else f"{field.name}{value}")
-        return "-".join(parts)
+        return "-".join(parts + unusual_fields(c, said))
+
+
+def unusual_fields(config, said: set[str]) -> list[str]:
+    """What sets a configuration apart, besides the fields in `said`: values that are not the default."""
+    parts = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in said or value == field.default:
+            continue
+        flag = ("" if value else "no_") + field.name
+        parts.append(flag if isinstance(value, bool) else f"{field.name}{value}")
+    return parts
 
 
 def configs(

@@ -1,4 +1,7 @@
-"""Every backward kernel that a question can lead to, found by asking `backward_configs`."""
+"""Every backward kernel that a question can lead to: what must compile, fit and be fast.
+
+Found by asking `backward_configs`, not by reading its table.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,37 @@ import itertools
 
 import torch
 
+from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
+from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config_backward import BackwardConfig, QueryGradientConfig, backward_configs
-from tandem_attn.testing.shipped import WINDOWS, question
+from tandem_attn.testing.shipped import WINDOWS, question, unusual_fields
 
 LENGTHS = (128, 1000, 4096)  # whole tiles of keys and not
-HEAD_SHAPES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+HEAD_SHAPES = ((64, 64), (96, 96), (128, 128), (192, 64), (192, 128), (192, 192), (256, 256))
+RARE = (256, 64)  # tiles of heads that no model has
+FEW_KINDS = ((CausalMask, Dense), (WindowMask, Varlen))
+ORDERED_KINDS = ((NoMask, Dense), (FullMask, Varlen), (CausalMask, Dense), (WindowMask, Varlen))
+USED = ("seqused_q", "seqused_k")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One kernel: a configuration."""
+    """One kernel: a configuration, which arguments that may be None are given, and which kernel of
+    kernels/backward_rows.py it is if it is one of those."""
 
     config: BackwardConfig | QueryGradientConfig
+    given: tuple[str, ...] = ()
+    of_rows: str = ""
 
     @property
     def name(self) -> str:
         """Short and unique: what matters first, then every field of the configuration that is unusual."""
         c = self.config
-        parts = [
-            c.element,
-            f"{c.head_dim}x{c.head_dim_v}",
-            c.gradients,
-            c.Mask.__name__,
-            c.Sequences.__name__,
-        ]
+        parts = [self.of_rows] if self.of_rows else []
+        parts += [c.element, f"{c.head_dim}x{c.head_dim_v}", c.gradients]
+        parts += [c.Mask.__name__, c.Sequences.__name__, *self.given]
         said = {"element", "head_dim", "head_dim_v", "gradients", "Mask", "Sequences", "Schedule"}
-        for field in dataclasses.fields(c):
-            value = getattr(c, field.name)
-            if field.name in said or value == field.default:
-                continue
-            flag = ("" if value else "no_") + field.name
-            parts.append(flag if isinstance(value, bool) else f"{field.name}{value}")
-        return "-".join(parts)
+        return "-".join(parts + unusual_fields(c, said))
 
 
 def configs(
@@ -56,5 +58,61 @@ def configs(
 
 
 def variants() -> list[Variant]:
-    """What the tests compile."""
-    return [Variant(c) for c in configs()]
+    """What the tests compile: everything in bf16; what is made in order, fp16, softcap and used lengths where
+    they could differ.
+
+    fp16 changes three instructions (the rounding, the product of dS, the type of wgmma), softcap what happens
+    to scores before any mask: one mask of the usual head shapes, and another of 128. Used lengths change two
+    loads of a sequence.
+    """
+    shipped = [Variant(c) for c in configs() if _shape(c) != RARE or _kind(c) in FEW_KINDS]
+    ordered = [c for c in configs(deterministic=True) if isinstance(c, BackwardConfig) and c.ordered]
+    shipped += [Variant(c) for c in ordered if _kind(c) in ORDERED_KINDS]
+    for c in configs(torch.float16) + configs(softcap=30.0):
+        extra = (NoMask, Dense) if c.element == "fp16" else (WindowMask, Varlen)
+        usual = _kind(c) == (CausalMask, Dense) and _shape(c) != RARE
+        if usual or (_kind(c) == extra and _shape(c) == (128, 128)):
+            shipped.append(Variant(c))
+    packed = [c for c in configs() if _kind(c) == (CausalMask, Varlen)]
+    shipped += [Variant(c, USED) for c in packed if c.gradients != "v" and _shape(c) in ((128, 128), (256, 128))]
+    return shipped + variants_of_rows()
+
+
+def variants_of_rows() -> list[Variant]:
+    """The kernels before and after: by widths of rows, with and without what may be given."""
+    by_keys = [c for c in configs() if c.gradients in ("qkv", "k")]
+    dense = [c for c in by_keys if _kind(c) == (CausalMask, Dense)]
+    packed = [c for c in by_keys if _kind(c) == (CausalMask, Varlen)]
+    given = ("clean_ptr", "dlse_ptr", *USED)
+    shipped = [Variant(c, (), "prepare_rows") for c in dense if c.head_dim == c.head_dim_v]
+    shipped += [Variant(c, given, "prepare_rows") for c in packed]
+    shipped += [Variant(c, (), "finish_rows") for c in dense if c.with_q]
+    shipped += [Variant(c, USED, "finish_rows") for c in packed if c.with_q]
+    return shipped + [Variant(packed[0], used, "clear_padding") for used in ((), ("seqused",))]
+
+
+def distinct_variants() -> list[Variant]:
+    """For a quicker look: bf16, one mask of each head shape, another of the usual ones, one in order."""
+    shipped = []
+    for v in variants():
+        usual = v.config.element == "bf16" and not v.config.softcap and _shape(v.config) != RARE
+        if v.of_rows:
+            chosen = _shape(v.config) in ((128, 128), (256, 256)) or v.of_rows == "clear_padding"
+        elif v.given or not usual:
+            chosen = False
+        elif getattr(v.config, "ordered", False):
+            chosen = _kind(v.config) == (CausalMask, Dense)
+        else:
+            full = _kind(v.config) == (FullMask, Varlen) and _shape(v.config) != (256, 256)
+            chosen = full or _kind(v.config) == (CausalMask, Dense)
+        if chosen:
+            shipped.append(v)
+    return shipped
+
+
+def _shape(config: BackwardConfig | QueryGradientConfig) -> tuple[int, int]:
+    return config.head_dim, config.head_dim_v
+
+
+def _kind(config: BackwardConfig | QueryGradientConfig) -> tuple[type, type]:
+    return config.Mask, config.Sequences
