@@ -147,14 +147,16 @@ def upstream(case: Case, inputs: Inputs, seed: int = 0, values: str = "normal", 
 def pairs_win(case: Case, device, seed: int = 0):
     """(inputs, (dout, dlse)) such that gradients are exact, and other for every row and key.
 
-    Keys 2j and 2j + 1 are equal, and in each row one such pair, or the one of them that is seen, wins by
-    e**128: its probabilities are 1/2 or 1, all others 0. With out and its gradient in few bits, dS is a
-    multiple of 1/4 below 256, and what follows are sums of integers.
+    Keys 2j and 2j + 1 differ only in the last column, where q is 0. In each row one such pair, or the one of
+    them that is seen, wins by e**96 or more: its probabilities are 1/2 or 1, all others 0. With out and its
+    gradient in few bits, dS is a multiple of 1/4 below 256, and what follows are sums of integers.
     """
     inputs = make(case, device, seed=seed, values="integers", poison=True)
     inputs.kwargs["softmax_scale"] = 0.5
-    for _, k, v in inputs.sequences():
+    for q, k, v in inputs.sequences():
         k[1::2] = k[0::2][: len(k) // 2]
+        if case.head_dim >= 3 * (len(k) - 1).bit_length():  # else a key's number takes every column
+            q[..., -1], k[0::2, :, -1], k[1::2, :, -1] = 0.0, 1.0, -1.0
         v.copy_(v.sign())
     return inputs, upstream(case, inputs, seed, "integers")
 

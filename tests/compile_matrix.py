@@ -1,4 +1,4 @@
-"""Compiling with every supported Triton, for tests/test_compile.py and tests/test_compile_decode.py.
+"""Compiling with every supported Triton, for tests/test_compile.py and its like for decode and backward.
 
 Other Tritons than the installed one are found in VENV/triton-X.Y.Z, where tools/triton_matrix.sh puts them.
 Results are kept in pytest's cache under a digest of all sources that matter: an edit compiles everything

@@ -304,16 +304,15 @@ def test_longest_sequences_fit_in_32_bits_by_keys(name, seqlens):
 
 
 BY_KEYS_FAULTS = {
-    "// tile_m * min(n_start, 1), end)\n        whole = (": "// tile_m, end)\n        whole = (",  # blind rows
+    "// tile_m * min(n_start, 1), end)\n        whole = (": "// tile_m, end)\n        whole = (",
     "whole = (max(n_end - 1 - diagonal, 0)": "whole = (max(n_start - diagonal, 0)",
-    "max(min(whole + past * end, end), begin), end": "max(min(whole, end), begin), end",  # keys past the end
     "last = n_end - diagonal + self.window_left": "last = n_end - diagonal + self.window_left - 1",
     "first = n_start - diagonal - self.window_right": "first = n_start - diagonal - self.window_right + 1",
     "whole_begin = (max(n_end - 1 - diagonal": "whole_begin = (max(n_end - 2 - diagonal",
     "whole_begin = max(min(whole_begin + past * end": "whole_begin = max(min(whole_begin",
     "whole_end = max(n_start - diagonal + self.window_left + 1, 0)": "whole_end = max(n_end - diagonal, 0)",
     "return 0, n, past * n, n": "return 0, n, 0, n",
-    "gl.where(keys < self.seqlen_k, first, UNREACHED)": "gl.where(keys < self.seqlen_k, first, first)",
+    "gl.where(keys < self.seqlen_k, first, UNREACHED)": "gl.where(keys < self.seqlen_k, first + 1, UNREACHED)",
     "gl.where(keys < self.seqlen_k, 0, UNREACHED)": "gl.where(keys <= self.seqlen_k, 0, UNREACHED)",
     "row - self.window_right, UNREACHED": "row + self.window_right, UNREACHED",
     "return first, row + self.window_left": "return first, row - self.window_left",

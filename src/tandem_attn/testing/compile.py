@@ -107,7 +107,7 @@ def report(config: ForwardConfig, seqused: str = "") -> Report:
 
 
 def compiled(source: GluonASTSource, **options) -> tuple[dict, str]:
-    """Compile afresh and read the assembler's log, the PTX and the SASS: the fields of a Report, and the PTX."""
+    """Compile afresh, read the assembler's log, PTX and SASS: the fields of a Report, and the PTX."""
     start = sum(os.times()[:4])
     log = io.StringIO()
     options = dict(num_warps=4, enable_fp_fusion=True, **options)
@@ -183,8 +183,18 @@ def _report_by_name(name: str) -> tuple[str, dict]:
     variant = next(v for v in variants() if v.name == name)
     try:
         return name, vars(report(variant.config, variant.seqused))
-    except Exception:
-        return name, {"error": traceback.format_exc(limit=-6)}
+    except Exception as error:
+        return name, {"error": explained(error)}
+
+
+def explained(error: Exception) -> str:
+    """A traceback and what it was caused by: errors in a jit function that another one calls are nested."""
+    said = traceback.format_exception(type(error), error, error.__traceback__, limit=-6, chain=False)
+    cause = error.__cause__
+    while cause is not None:
+        said.append(f"\n{cause}")
+        cause = cause.__cause__
+    return "".join(said)
 
 
 def report_all(names: list[str], jobs: int, report_by_name: Callable = _report_by_name):

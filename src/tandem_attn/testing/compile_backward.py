@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import re
 import sys
-import traceback
 
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -24,7 +23,7 @@ from tandem_attn.kernels.backward import attention_backward
 from tandem_attn.kernels.backward_queries import query_gradient
 from tandem_attn.kernels.config_backward import KEYS, NUM_CONSUMERS, BackwardConfig, QueryGradientConfig
 from tandem_attn.kernels.launch_backward import backward_boxes
-from tandem_attn.testing.compile import Report, command_line, compiled, one_line
+from tandem_attn.testing.compile import Report, command_line, compiled, explained, one_line
 from tandem_attn.testing.shipped_backward import Variant, variants
 
 OF_ELEMENTS = ("out_ptr", "dout_ptr", "clean_ptr", "dq_ptr", "ptr")  # pointers to 16-bit elements
@@ -158,8 +157,8 @@ def _report_by_name(name: str) -> tuple[str, dict]:
     variant = next(v for v in variants() if v.name == name)
     try:
         return name, vars(backward_report(variant))
-    except Exception:
-        return name, {"error": traceback.format_exc(limit=-6)}
+    except Exception as error:
+        return name, {"error": explained(error)}
 
 
 def main(given: list[str]) -> int:

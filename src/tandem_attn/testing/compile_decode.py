@@ -16,7 +16,6 @@ import io
 import os
 import re
 import sys
-import traceback
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -28,7 +27,7 @@ from tandem_attn.kernels.combine import combine_partials
 from tandem_attn.kernels.config_decode import DecodeConfig
 from tandem_attn.kernels.launch_decode import box_of
 from tandem_attn.spec_decode import New
-from tandem_attn.testing.compile import always_compile, command_line, disassembled
+from tandem_attn.testing.compile import always_compile, command_line, disassembled, explained
 from tandem_attn.testing.sass import tight_loops
 from tandem_attn.testing.shipped_decode import DecodeVariant, decode_variants, plan_of
 
@@ -179,10 +178,7 @@ def _report_by_name(name: str) -> tuple[str, dict]:
     try:
         return name, vars(decode_report(variant))
     except Exception as error:
-        causes, cause = "", error.__cause__
-        while cause is not None:  # of a jit function that another one calls
-            causes, cause = f"{causes}\n{cause}", cause.__cause__
-        return name, {"error": traceback.format_exc(limit=-6, chain=False) + causes}
+        return name, {"error": explained(error)}
 
 
 def one_line(name: str, fields: dict) -> str:

@@ -70,11 +70,14 @@ def variants() -> list[Variant]:
     shipped += [Variant(c) for c in ordered if _kind(c) in ORDERED_KINDS]
     for c in configs(torch.float16) + configs(softcap=30.0):
         extra = (NoMask, Dense) if c.element == "fp16" else (WindowMask, Varlen)
-        usual = _kind(c) == (CausalMask, Dense) and _shape(c) != RARE
+        wide = (256, 128) if c.element == "fp16" else (256, 256)
+        usual = _kind(c) == (CausalMask, Dense) and (_shape(c) == wide or c.gradients == "qkv")
         if usual or (_kind(c) == extra and _shape(c) == (128, 128)):
             shipped.append(Variant(c))
     packed = [c for c in configs() if _kind(c) == (CausalMask, Varlen)]
-    shipped += [Variant(c, USED) for c in packed if c.gradients != "v" and _shape(c) in ((128, 128), (256, 128))]
+    shipped += [
+        Variant(c, USED) for c in packed if c.gradients != "v" and _shape(c) in ((128, 128), (256, 128))
+    ]
     return shipped + variants_of_rows()
 
 

@@ -1,0 +1,495 @@
+"""Which kernels make the gradients of a question, and what their launches pass: no GPU needed."""
+
+import dataclasses
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tandem_attn.device.accumulate import WRITTEN
+from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
+from tandem_attn.device.schedule import DenseTiles, VarlenTiles
+from tandem_attn.device.sequence import PADDING, Dense, Varlen
+from tandem_attn.kernels import launch_backward
+from tandem_attn.kernels.config import SHARED_MEMORY
+from tandem_attn.kernels.config_backward import (
+    MAX_UNORDERED_KEYS,
+    BackwardConfig,
+    QueryGradientConfig,
+    backward_configs,
+    native_head_dim,
+)
+from tandem_attn.kernels.launch_backward import CHUNK, CLEARERS, ORDERED_TILES, BackwardPlan, backward_boxes
+from tandem_attn.spec import Window
+from tandem_attn.testing.compile_backward import options_of, type_of
+from tandem_attn.testing.plain import DeviceInt, Language, Pointer, gluon_module, load
+from tandem_attn.testing.shipped import WINDOWS
+from tandem_attn.testing.shipped import question as forward_question
+from tandem_attn.testing.shipped_backward import Variant, configs
+
+DIMS = range(8, 257, 8)
+CAUSAL, FULL = WINDOWS["causal"], WINDOWS["full"]
+USUAL = dict(
+    element="bf16", head_dim=128, head_dim_v=128, Mask=CausalMask, Sequences=Dense, Schedule=DenseTiles
+)
+PADDED = PADDING.value
+
+
+def question(*args, deterministic=False, device="cpu", **kwargs):
+    """A spec of tensors that this machine can have."""
+    spec = forward_question(*args, **kwargs)
+    return dataclasses.replace(spec, deterministic=deterministic, device=torch.device(device))
+
+
+def all_configs(spec):
+    by_keys, by_queries = backward_configs(spec)
+    return [*by_keys, *([by_queries] if by_queries else [])]
+
+
+# The table.
+
+
+@pytest.mark.parametrize(
+    "fields, complaint",
+    [
+        (dict(head_dim=96), "head_dim 96"),
+        (dict(head_dim_v=192), "head_dim_v 192"),
+        (dict(gradients="kv"), "gradients='kv'"),
+        (dict(gradients="q"), "gradients='q'"),
+        (dict(tile_m=32), "tile_m=32"),
+        (dict(head_dim=64, head_dim_v=64, tile_m=64), "no split of dQ"),  # 4096 elements: none for a consumer
+        (dict(head_dim=256, tile_m=128), "no split of dQ"),
+        (dict(tile_m=128), "shared memory"),
+        (dict(head_dim=256, head_dim_v=256), "shared memory"),
+        (dict(q_stages=4), "shared memory"),
+        (dict(head_dim=256, head_dim_v=256, gradients="k"), "shared memory"),  # two stages of dO
+    ],
+)
+def test_impossible_configurations_are_refused(fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        BackwardConfig(**{**USUAL, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields, complaint",
+    [
+        (dict(head_dim=192), "head_dim 192"),
+        (dict(head_dim_v=8), "head_dim_v 8"),
+        (dict(head_dim=256, head_dim_v=256, v_stages=2), "shared memory"),
+    ],
+)
+def test_impossible_configurations_of_dq_alone_are_refused(fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        QueryGradientConfig(**{**USUAL, **fields})
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_every_question_has_configurations_that_hold_it(head_dim):
+    """All pairs of head dimensions; and nothing is reached that the compile tests do not know."""
+    asked = list(itertools.product((torch.bfloat16, torch.float16), (0.0, 30.0), (False, True)))
+    shipped = {facts: set(configs(*facts)) for facts in asked}
+    kinds = itertools.product(DIMS, WINDOWS.values(), (False, True), (520, 1024))
+    for (head_dim_v, window, varlen, length), facts in zip(kinds, itertools.cycle(asked)):
+        dtype, softcap, deterministic = facts
+        rest = dict(window=window, varlen=varlen, dtype=dtype, softcap=softcap)
+        spec = question(head_dim, head_dim_v, length, deterministic=deterministic, **rest)
+        made = all_configs(spec)
+        assert sorted("".join(c.gradients for c in made)) == ["k", "q", "v"]
+        for config in made:
+            assert config.head_dim >= head_dim and config.head_dim_v >= head_dim_v
+            assert config in shipped[facts], f"{config} is reached but not in shipped_backward.py: configs()"
+
+
+@pytest.mark.parametrize(
+    "head_dims, tile, gradients",
+    [
+        ((8, 8), (64, 64), ["qkv"]),
+        ((64, 64), (64, 64), ["qkv"]),
+        ((72, 72), (128, 128), ["qkv"]),
+        ((64, 72), (128, 128), ["qkv"]),
+        ((96, 64), (128, 128), ["qkv"]),
+        ((128, 128), (128, 128), ["qkv"]),
+        ((136, 8), (256, 64), ["k", "v", "q"]),
+        ((192, 128), (256, 128), ["k", "v", "q"]),  # DeepSeek
+        ((192, 192), (256, 256), ["k", "v", "q"]),
+        ((256, 256), (256, 256), ["k", "v", "q"]),
+        ((64, 256), (256, 256), ["k", "v", "q"]),
+        ((256, 64), (256, 64), ["k", "v", "q"]),
+    ],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_tiles_and_launches_follow_the_heads(head_dims, tile, gradients, deterministic):
+    made = all_configs(question(*head_dims, deterministic=deterministic))
+    assert [c.gradients for c in made] == gradients
+    assert all((c.head_dim, c.head_dim_v) == tile for c in made)
+    waits = [c.ordered for c in made if c.gradients != "q"]
+    assert waits == [deterministic] if gradients == ["qkv"] else not any(waits), "else no two add to one dQ"
+
+
+@pytest.mark.parametrize(
+    "asked, policies",
+    [
+        (dict(), (NoMask, Dense, DenseTiles)),
+        (dict(seqlen_q=1000, seqlen_k=4096), (NoMask, Dense, DenseTiles)),
+        (dict(seqlen_k=1000), (FullMask, Dense, DenseTiles)),
+        (dict(seqlen_k=64), (FullMask, Dense, DenseTiles)),  # half a tile of keys
+        (dict(window=CAUSAL), (CausalMask, Dense, DenseTiles)),
+        (dict(window=CAUSAL, seqlen_q=1, seqlen_k=1024), (NoMask, Dense, DenseTiles)),  # one row sees all
+        (dict(window=Window(128, 0)), (WindowMask, Dense, DenseTiles)),
+        (dict(window=Window(-1, 7)), (WindowMask, Dense, DenseTiles)),
+        (dict(varlen=True), (FullMask, Varlen, VarlenTiles)),
+        (dict(varlen=True, window=CAUSAL), (CausalMask, Varlen, VarlenTiles)),
+        (dict(varlen=True, window=Window(5, 5)), (WindowMask, Varlen, VarlenTiles)),
+    ],
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_policies_follow_the_question(head_dim, asked, policies):
+    made = all_configs(question(head_dim, **asked))
+    for config in made:
+        assert (config.Mask, config.Sequences, config.Schedule) == policies
+    capped = all_configs(question(head_dim, **asked, softcap=30.0))
+    assert capped == [dataclasses.replace(c, softcap=True) for c in made]
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_many_keys_turn_ordering_on(varlen):
+    """Unordered, tiles of keys draw numbers below WRITTEN from the counter of a chunk: one each."""
+    assert (MAX_UNORDERED_KEYS - 1 + 127) // 128 < WRITTEN.value
+    for keys, ordered in ((MAX_UNORDERED_KEYS - 1, False), (MAX_UNORDERED_KEYS, True)):
+        for head_dim in (64, 128):
+            (config,), _ = backward_configs(
+                question(head_dim, seqlen_q=128, seqlen_k=keys, varlen=varlen, batch=1)
+            )
+            assert config.ordered is ordered
+        by_keys, _ = backward_configs(question(256, seqlen_q=128, seqlen_k=keys, varlen=varlen, batch=1))
+        assert not any(c.ordered for c in by_keys)
+
+
+SHIPPED = configs() + configs(deterministic=True)[:7]
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=lambda c: Variant(c).name)
+def test_shipped_configurations_fit(config):
+    assert (
+        config.shared_memory + 1024 <= SHARED_MEMORY == 232448
+    )  # tiles, barriers and what workers start with
+    assert config.maxnreg * 3 * 128 <= 65536 and config.maxnreg % 8 == 0
+    assert all(n % 8 == 0 and 24 <= n <= 240 for n in config.worker_registers)
+    workers = [4, 1, 1, 1] if config.gradients == "qkv" else [4, 1]
+    assert len(config.worker_registers) == len(workers)
+    assert PADDED % getattr(config, "tile_m", PADDED) == 0, "rows past the end of a sequence have numbers too"
+    for box, _layout, _element in backward_boxes(config).values():
+        assert all(n <= 256 and n & (n - 1) == 0 for n in box), "what TMA and Triton take"
+    text = str(config)
+    assert "\n" not in text and len(text) < 200 and "<class" not in text
+    for part in (config.element, f"{config.head_dim}/{config.head_dim_v}", config.Mask.__name__, "KB"):
+        assert part in text
+    for cls in (config.Mask, config.Sequences, config.Schedule):
+        assert re.fullmatch(r"\w+@[0-9a-f]{8}", cls.__qualname__), f"{cls.__name__} is not a @policy"
+        assert cls.__qualname__ in config.cache_key
+
+
+BASE = BackwardConfig(**USUAL, gradients="v")
+BASE_OF_DQ = QueryGradientConfig(**USUAL)
+OTHER_VALUES = dict(
+    element="fp16", head_dim=64, head_dim_v=64, Mask=FullMask, Sequences=Varlen, Schedule=VarlenTiles
+)
+OTHER_VALUES |= dict(gradients="k", tile_m=128, q_stages=1, do_stages=1, ds_stages=2, k_stages=1, v_stages=2)
+
+
+@pytest.mark.parametrize(
+    "base, field",
+    [(base, f.name) for base in (BASE, BASE_OF_DQ) for f in dataclasses.fields(base)],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_every_field_counts_for_the_cache_key(base, field):
+    """Also those that the text for people leaves out."""
+    changed = dataclasses.replace(base, **{field: OTHER_VALUES.get(field, not getattr(base, field) or None)})
+    assert getattr(changed, field) != getattr(base, field)
+    assert changed.cache_key != base.cache_key
+    assert repr(changed) != repr(base), "the key of the cache in memory"
+
+
+# The plan: sizes.
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 128, 192, 256])
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("seqlen_q", [1, 128, 1000])
+def test_workspace(head_dim, varlen, seqlen_q):
+    """Two numbers per padded row and head, and to head_dim 128 a float32 dQ of whole chunks, each with a
+    counter."""
+    plan = BackwardPlan(question(head_dim, None, seqlen_q, varlen=varlen, batch=3, num_heads=4))
+    padded = -(-seqlen_q // PADDED) * PADDED
+    rows = padded * 3 * 4
+    if varlen:
+        assert plan.padded_rows >= 3 * padded and plan.padded_rows % PADDED == 0
+        rows = plan.padded_rows * 4
+    else:
+        assert plan.padded_rows == padded
+    assert plan.stat_rows == rows
+    width = native_head_dim(head_dim)
+    accumulator = rows * width if width <= 128 else 0
+    assert plan.workspace_bytes == 8 * rows + 4 * accumulator + 4 * (accumulator // CHUNK**2)
+    space = plan._workspace()
+    made = [x for x in space if x is not None]
+    assert sum(x.numel() * x.element_size() for x in made) == plan.workspace_bytes
+    assert len(made) == (3 if accumulator else 1)
+
+
+plain = load(["device.sequence"], gluon_module(Language()))["tandem_attn.device.sequence"]
+
+
+def padded_starts(lengths, plan, head, heads):
+    """Where device/sequence.py has the padded rows of each sequence begin."""
+    starts = Pointer(np.array([*itertools.accumulate(lengths, initial=0)]))
+    sequences = plain.Varlen.create(sum(lengths), sum(lengths), starts, starts, None, None)
+    batch = map(DeviceInt, range(len(lengths)))
+    return [sequences.sequence(b).padded_row(b, DeviceInt(head), heads, plan.padded_rows) for b in batch]
+
+
+@given(lengths=st.lists(st.integers(0, 400), min_size=1, max_size=6))
+@example(lengths=[127, 1, 0, 0, 128])
+@example(lengths=[1, 128, 255])
+def test_packed_rows_have_room(lengths):
+    """Whole blocks of PADDING rows per head and sequence, apart from each other, none past the end."""
+    spec = question(128, varlen=True, batch=len(lengths), seqlen_q=max(lengths), num_heads=2)
+    spec = dataclasses.replace(spec, total_q=sum(lengths), total_k=sum(lengths))
+    if spec.is_empty:
+        return
+    plan = BackwardPlan(spec)
+    blocks = [-(-n // PADDED) * PADDED for n in lengths]
+    starts = [start for head in (0, 1) for start in padded_starts(lengths, plan, head, 2)]
+    ends = [start + size for start, size in zip(starts, blocks * 2, strict=True)]
+    assert starts[0] == 0 and all(start % PADDED == 0 for start in starts)
+    assert all(end <= start for end, start in zip(ends, [*starts[1:], plan.stat_rows], strict=True))
+    assert plan.row_blocks * CHUNK >= max(blocks)
+    assert plan.row_grid == (plan.row_blocks * 2 * len(lengths), 1, 1)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 400), min_size=1, max_size=6),
+    heads=st.sampled_from([1, 3, 16, 40]),
+    varlen=st.booleans(),
+    deterministic=st.booleans(),
+    size=st.sampled_from([64, 128]),
+)
+def test_programs_for_every_tile(lengths, heads, varlen, deterministic, size):
+    """`_tiles`: as many programs as tiles, or for packed sequences at least as many."""
+    longest, batch = max(lengths), len(lengths)
+    spec = question(
+        128, None, longest, varlen=varlen, batch=batch, num_heads=heads, deterministic=deterministic
+    )
+    total = sum(lengths) if varlen else batch * longest
+    spec = dataclasses.replace(spec, total_q=total, total_k=total)
+    if spec.is_empty:
+        return
+    programs, together, magics = BackwardPlan(spec)._tiles(heads, longest, total, size)
+    if varlen:
+        assert programs >= heads * sum(-(-n // size) for n in lengths)
+        assert 1 <= together <= heads
+    else:
+        assert programs == heads * batch * -(-longest // size)
+        assert 1 <= together <= heads * batch
+    assert len(magics) == 4 and all(0 < magic < 2**63 for magic in magics)
+    if deterministic:
+        assert together == 1 or together * -(-longest // size) <= ORDERED_TILES
+
+
+def test_tiles_that_wait_are_few():
+    """In order, a tile waits for the one after it, whose program must have started."""
+    plans = [BackwardPlan(question(128, None, 16384, deterministic=d, num_heads=32)) for d in (False, True)]
+    assert [plan._tiles(32, 16384, 32768, 128)[1] for plan in plans] == [16, 2]
+    plan = BackwardPlan(question(128, None, 65536, deterministic=True, num_heads=32))
+    assert plan._tiles(32, 65536, 131072, 128)[1] == 1
+
+
+# The plan: rows that see no key.
+
+
+@given(
+    seqlens=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    sides=st.tuples(st.integers(-1, 20), st.integers(-1, 20)),
+)
+@example(seqlens=(20, 3), sides=(-1, -1))
+@example(seqlens=(20, 3), sides=(0, 17))
+@example(seqlens=(20, 3), sides=(0, 16))
+def test_blind_rows_of_equal_lengths(seqlens, sides):
+    seqlen_q, seqlen_k = seqlens
+    plan = BackwardPlan(question(64, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window=Window(*sides)))
+    left, right = (10**6 if side < 0 else side for side in sides)
+    places = range(seqlen_k - seqlen_q, seqlen_k)
+    blind = any(not any(p - left <= key <= p + right for key in range(seqlen_k)) for p in places)
+    assert plan._may_be_blind((None,) * 4) is blind
+
+
+def test_blind_rows_of_packed_sequences():
+    """The host knows of no lengths but that both sides have the same, which have a key for every row."""
+    mine, other, used = (torch.zeros(3, dtype=torch.int32) for _ in range(3))
+    for window, blind in ((CAUSAL, True), (Window(4, 0), True), (Window(-1, 3), True), (FULL, False)):
+        plan = BackwardPlan(question(64, varlen=True, window=window))
+        assert plan._may_be_blind((mine, other, None, None)) is blind
+        assert plan._may_be_blind((mine, mine, used, None)) is blind
+        assert plan._may_be_blind((mine, mine, None, used)) is blind
+        assert plan._may_be_blind((mine, mine, None, None)) is False
+
+
+# The plan: what a call launches.
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A function from a spec to the launches of a call on tensors of this machine: (kernel, grid, arguments
+    by name, options)."""
+    launches = []
+
+    def launch(plan, key, kernel, grid, stream, tensors, rest, maps=None, **options):
+        described, make = maps or ((), tuple)
+        arguments = (*make(), *tensors, *rest)
+        assert len(make()) == len(described)
+        launches.append((kernel, grid, dict(zip(kernel.arg_names, arguments, strict=True)), options))
+
+    monkeypatch.setattr(launch_backward.BackwardPlan, "_launch", launch)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+
+    def call(spec, dlse=False, same_lengths=False, used=False):
+        launches.clear()
+        rows, keys = (
+            ((spec.total_q,), (spec.total_k,))
+            if spec.varlen
+            else ((spec.batch, spec.seqlen_q), (spec.batch, spec.seqlen_k))
+        )
+        q = torch.zeros(*rows, spec.num_heads, spec.head_dim, dtype=spec.dtype)
+        k = torch.zeros(*keys, spec.num_kv_heads, spec.head_dim, dtype=spec.dtype)
+        v = torch.zeros(*keys, spec.num_kv_heads, spec.head_dim_v, dtype=spec.dtype)
+        out, lse = torch.zeros(spec.out_shape, dtype=spec.dtype), torch.zeros(spec.lse_shape)
+        pointers = [torch.zeros(spec.batch + 1, dtype=torch.int32) for _ in range(2)]
+        pointers = [pointers[0], pointers[0]] if same_lengths else pointers
+        counts = [torch.zeros(spec.batch, dtype=torch.int32) if used else None for _ in range(2)]
+        lengths = (*pointers, *counts) if spec.varlen else ()
+        plan = BackwardPlan(spec)
+        grads = plan(out, lse if dlse else None, q, k, v, out, lse, *lengths)
+        assert [g.shape for g in grads] == [x.shape for x in (q, k, v)]
+        assert all(g.is_contiguous() and g.dtype == spec.dtype for g in grads)
+        return list(launches)
+
+    return call
+
+
+CALLS = [
+    (dict(head_dim=64), dict()),
+    (dict(head_dim=128, window=CAUSAL, seqlen_q=200, seqlen_k=130), dict(dlse=True)),
+    (dict(head_dim=80, varlen=True, window=CAUSAL, dtype=torch.float16), dict(used=True)),
+    (dict(head_dim=128, varlen=True, num_kv_heads=2, deterministic=True), dict(same_lengths=True)),
+    (dict(head_dim=192, head_dim_v=128, window=Window(30, 0), softcap=20.0), dict()),
+    (dict(head_dim=256, varlen=True, num_kv_heads=4), dict(used=True, dlse=True)),
+]
+IDS = [" ".join(f"{k}={v}" for k, v in asked.items()) for asked, _ in CALLS]
+
+
+@pytest.mark.parametrize("asked, how", CALLS, ids=IDS)
+def test_launches_of_a_call(launched, asked, how):
+    spec = question(**{**dict(seqlen_q=200, batch=2, num_heads=8), **asked})
+    names = [kernel.__name__ for kernel, *_ in launched(spec, **how)]
+    wide = max(spec.head_dim, spec.head_dim_v) > 128
+    middle = (
+        ["attention_backward"] * 2 + ["query_gradient"] if wide else ["attention_backward", "finish_rows"]
+    )
+    assert names == ["prepare_rows", *middle, *["clear_padding"] * (3 if spec.varlen else 0)]
+
+
+@pytest.mark.parametrize("asked, how", CALLS, ids=IDS)
+def test_launches_pass_what_the_compile_tests_compile(launched, asked, how):
+    """Every argument of the type that testing/compile_backward.py says, with the same options."""
+    spec = question(**{**dict(seqlen_q=200, batch=2, num_heads=8), **asked})
+    by_keys, _ = backward_configs(spec)
+    for kernel, _grid, arguments, options in launched(spec, **how):
+        of_rows = kernel.__name__ if "rows" in kernel.__name__ or "clear" in kernel.__name__ else ""
+        config = arguments.get("config", by_keys[0])
+        given = tuple(
+            n
+            for n in ("clean_ptr", "dlse_ptr", "seqused_q", "seqused_k", "seqused")
+            if arguments.get(n) is not None
+        )
+        variant = Variant(config, given, of_rows)
+        assert options == options_of(variant)
+        for name, value in arguments.items():
+            assert spelled(value) == type_of(name, variant), f"{kernel.__name__}: {name}"
+        for parameter in kernel.params:
+            if isinstance(arguments[parameter.name], int):
+                assert parameter.do_not_specialize, f"{parameter.name} makes another kernel"
+
+
+def spelled(value) -> str:
+    """The type of an argument as Triton spells it."""
+    elements = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+    if isinstance(value, torch.Tensor):
+        return f"*{elements[value.dtype]}"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    if hasattr(value, "block_shape"):
+        box = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{elements[value.base.dtype]}[{box}],{value.layout!r}>"
+    return "constexpr"
+
+
+@pytest.mark.parametrize("asked, how", CALLS, ids=IDS)
+def test_numbers_of_a_call(launched, asked, how):
+    """What kernels are told about the question, by name."""
+    spec = question(**{**dict(seqlen_q=200, batch=2, num_heads=8), **asked})
+    plan = BackwardPlan(spec)
+    lengths = (spec.total_q, spec.total_k) if spec.varlen else (spec.seqlen_q, spec.seqlen_k)
+    common = dict(batch=spec.batch, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads)
+    common |= dict(group_size=spec.group_size, seqlen_q=lengths[0], seqlen_k=lengths[1])
+    common |= dict(padded_rows=plan.padded_rows, delta_start=plan.stat_rows, row_blocks=plan.row_blocks)
+    for kernel, grid, arguments, _ in launched(spec, **how):
+        known = {name: common[name] for name in arguments if name in common}
+        assert {name: arguments[name] for name in known} == known, kernel.__name__
+        columns = {"prepare_rows": spec.head_dim_v, "finish_rows": spec.head_dim}.get(kernel.__name__, 0)
+        assert arguments.get("columns", 0) * 8 == columns
+        if kernel.__name__ == "clear_padding":
+            assert grid == (spec.batch + 1, CLEARERS, 1)
+            heads, dim = arguments["ptr"].shape[1:]
+            assert (arguments["total"], arguments["row_elements"]) == (len(arguments["ptr"]), heads * dim)
+        elif columns:
+            assert grid == plan.row_grid
+        else:
+            assert grid[0] >= 1 and grid[1:] == (1, 1)
+            assert (arguments["scale_log2"], arguments["inner_scale"]) == plan.scales
+            window = Window(arguments["window_left"], arguments["window_right"])
+            assert window == Window(
+                *(side if side >= 0 else 2**30 for side in dataclasses.astuple(spec.window))
+            )
+
+
+def test_copies_of_gradients_for_rows_that_see_nothing(launched):
+    """dO is cleaned where such rows may be, and then it is the copy that the other kernels read."""
+    for window, cleaned in ((CAUSAL, True), (FULL, False)):
+        spec = question(64, seqlen_q=300, seqlen_k=200, window=window)
+        prepare, by_keys, _finish = launched(spec)
+        clean, dout = prepare[2]["clean_ptr"], prepare[2]["dout_ptr"]
+        assert (clean is not None) is cleaned
+        assert by_keys[2]["do_desc"].base is (clean if cleaned else dout)
+
+
+def test_gradients_that_tma_cannot_read_are_copied():
+    """Expanded (as from sum().backward()), transposed, and misaligned; others stay where they are."""
+    x = torch.zeros(2, 30, 4, 64, dtype=torch.bfloat16)
+    assert launch_backward._readable(x) is x
+    rows = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert launch_backward._readable(rows) is rows
+    same = torch.zeros((), dtype=torch.bfloat16).expand(2, 30, 4, 64)
+    same_rows = torch.zeros(64, dtype=torch.bfloat16).expand(2, 30, 4, 64)
+    columns = torch.zeros(2, 30, 64, 4, dtype=torch.bfloat16).transpose(2, 3)
+    shifted = torch.zeros(x.numel() + 1, dtype=torch.bfloat16)[1:].view(x.shape)
+    odd = torch.zeros(2, 30, 4, 68, dtype=torch.bfloat16)[..., :64]
+    for y in (same, same_rows, columns, shifted, odd):
+        copy = launch_backward._readable(y)
+        assert copy is not y and copy.is_contiguous() and torch.equal(copy, y)
