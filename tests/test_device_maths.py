@@ -312,7 +312,7 @@ BY_KEYS_FAULTS = {
     "whole_begin = max(min(whole_begin + past * end": "whole_begin = max(min(whole_begin",
     "whole_end = max(n_start - diagonal + self.window_left + 1, 0)": "whole_end = max(n_end - diagonal, 0)",
     "return 0, n, past * n, n": "return 0, n, 0, n",
-    "gl.where(keys < self.seqlen_k, first, UNREACHED)": "gl.where(keys < self.seqlen_k, first + 1, UNREACHED)",
+    "gl.where(keys < self.seqlen_k, first, ": "gl.where(keys < self.seqlen_k, first + 1, ",
     "gl.where(keys < self.seqlen_k, 0, UNREACHED)": "gl.where(keys <= self.seqlen_k, 0, UNREACHED)",
     "row - self.window_right, UNREACHED": "row + self.window_right, UNREACHED",
     "return first, row + self.window_left": "return first, row - self.window_left",
