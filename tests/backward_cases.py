@@ -78,8 +78,8 @@ PAIRS = [
     *(dense((140, 200), (d, d), (6, 3), batch=2, **CAUSAL) for d in (8, 40, 72, 80, 112, 160, 224)),
     *(case for case in gpu_cases.PACKED if not case.softcap and case.dim_v == case.head_dim),
     *gpu_cases.USED,
-    # at head_dim 256 scores of so many keys reach 8192, of which float32 knows P to 2**-11: docs/numerics.md
-    *(case for case in LONG if max(case.seqlen_q, case.seqlen_k) < 4100 and case.head_dim < 256),
+    # H200, 2026-11-25: the two of head_dim 256 have P off by 1e-3, and nobody knows yet why
+    *(case for case in LONG if max(case.seqlen_q, case.seqlen_k) < 4100),
 ]
 SHARES = [
     dense(n, dims, (4, 2), dtype=dtype, **mask)
