@@ -21,7 +21,7 @@ from tandem_attn.kernels.config_backward import (
     BackwardConfig,
     QueryGradientConfig,
     backward_configs,
-    native_head_dim,
+    tile_width,
 )
 from tandem_attn.kernels.launch_backward import CHUNK, CLEARERS, ORDERED_TILES, BackwardPlan, backward_boxes
 from tandem_attn.spec import Window
@@ -232,7 +232,7 @@ def test_workspace(head_dim, varlen, seqlen_q):
     else:
         assert plan.padded_rows == padded
     assert plan.stat_rows == rows
-    width = native_head_dim(head_dim)
+    width = tile_width(head_dim)
     accumulator = rows * width if width <= 128 else 0
     assert plan.workspace_bytes == 8 * rows + 4 * accumulator + 4 * (accumulator // CHUNK**2)
     space = plan._workspace()

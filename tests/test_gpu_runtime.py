@@ -259,9 +259,9 @@ def test_the_public_way_of_launching_gives_the_same_bits(cuda, monkeypatch):
 
 @gpu
 def test_few_addresses_are_remembered(cuda, monkeypatch):
-    from tandem_attn.kernels import launch
+    from tandem_attn.kernels import launcher
 
-    monkeypatch.setattr(launch, "MAX_CACHED_ADDRESSES", 2)
+    monkeypatch.setattr(launcher, "MAX_CACHED_ADDRESSES", 2)
     case = dense((130, 130), **CAUSAL)
     questions = [make(case, cuda, seed=i) for i in range(5)]
     for inputs in questions * 2:

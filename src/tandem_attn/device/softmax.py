@@ -83,3 +83,32 @@ def rescaled(o, alpha, lazy: gl.constexpr):
         )
     else:
         return o * gl.expand_dims(alpha, 1)
+
+
+@gluon.jit
+def gradient_scale(scale_log2, inner_scale, softcap: gl.constexpr):
+    """softmax_scale, by which dQ and dK are multiplied, out of what the scores of a kernel are scaled by."""
+    scale = scale_log2 * LN2
+    if softcap:
+        scale = scale * inner_scale
+    return scale
+
+
+@gluon.jit
+def recomputed(problem, s, lse, mask, down, across, masked: gl.constexpr, apply: gl.constexpr):
+    """(P, P times the slope of the softcap) from scores and lse, base 2, which has a dimension of size 1.
+
+    The tile begins at positions (down, across); `apply`: apply_mask or apply_mask_transposed.
+    """
+    c: gl.constexpr = problem.config.static
+    if c.softcap:
+        s = soft_capped(s, problem.inner_scale)
+    elif masked:
+        s = apply(mask, s, down, across, float("-inf"))
+    p = gl.exp2(s * problem.scale_log2 - lse)
+    sloped = p
+    if c.softcap:
+        if masked:  # not before: the slope of -inf is none
+            p = apply(mask, p, down, across, 0.0)
+        sloped = p * (1.0 - s * s)
+    return p, sloped

@@ -41,7 +41,7 @@ from tandem_attn.device.precision import product16
 from tandem_attn.device.ring import make_barriers
 from tandem_attn.device.row_ring import RowRing, hidden, make_row_ring
 from tandem_attn.device.schedule import Rows
-from tandem_attn.device.softmax import LN2, soft_capped
+from tandem_attn.device.softmax import gradient_scale, recomputed
 from tandem_attn.device.turn import named_barrier
 
 EVERYONE = gl.constexpr(8)  # hardware barrier at which the consumers meet
@@ -167,17 +167,8 @@ def _probabilities(problem, shared, group: gl.constexpr, tile, i, m_start, s, ma
     else:  # the stage of Q is already on its way back
         lse = shared.do.stats(i, gl.SliceLayout(0, c.s_accumulator))
     n_start = tile.n_start + 64 * group
-    if c.softcap:
-        s = soft_capped(s, problem.inner_scale)
-    elif masked:
-        s = apply_mask_transposed(tile.mask, s, n_start, m_start, float("-inf"))
-    p = gl.exp2(s * problem.scale_log2 - gl.expand_dims(lse, 0))
-    sloped = p
-    if c.softcap:
-        if masked:  # not before: the slope of -inf is none
-            p = apply_mask_transposed(tile.mask, p, n_start, m_start, 0.0)
-        sloped = p * (1.0 - s * s)
-    return p, sloped
+    lse = gl.expand_dims(lse, 0)
+    return recomputed(problem, s, lse, tile.mask, n_start, m_start, masked, apply_mask_transposed)
 
 
 @gluon.jit
@@ -451,9 +442,7 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dq_des
     keys; dq_desc: the accumulator; counters: int32 zeros, one per chunk of it."""
     c: gl.constexpr = config.static
     gdc_launch_dependents()
-    scale = scale_log2 * LN2
-    if c.softcap:
-        scale = scale * inner_scale
+    scale = gradient_scale(scale_log2, inner_scale, c.softcap)
     problem = Problem(num_kv_heads * group_size, group_size, padded_rows, delta_start, scale, scale_log2,
                       inner_scale, config)  # fmt: skip
     # tiles of keys in the order of the forward's tiles of rows: lengths change places

@@ -31,7 +31,7 @@ from tandem_attn.device.mask import apply_mask
 from tandem_attn.device.ring import Ring, first_fill, make_barriers, make_ring
 from tandem_attn.device.row_ring import hidden
 from tandem_attn.device.schedule import Rows
-from tandem_attn.device.softmax import LN2, soft_capped
+from tandem_attn.device.softmax import gradient_scale, recomputed
 
 
 @aggregate
@@ -87,15 +87,8 @@ def _step(problem, shared, group: gl.constexpr, tile, j, lse, delta, dq, masked:
     s = warpgroup_mma_wait(1, deps=(s,))
     m_start = tile.m_start + 64 * group
     n_start = (tile.n_end - 1 - j) * c.tile_n
-    if c.softcap:
-        s = soft_capped(s, problem.inner_scale)
-    elif masked:
-        s = apply_mask(tile.mask, s, m_start, n_start)
-    p = gl.exp2(s * problem.scale_log2 - gl.expand_dims(lse, 1))
-    if c.softcap:
-        if masked:  # not before: the slope of -inf is none
-            p = apply_mask(tile.mask, p, m_start, n_start, 0.0)
-        p = p * (1.0 - s * s)
+    lse = gl.expand_dims(lse, 1)
+    _p, p = recomputed(problem, s, lse, tile.mask, m_start, n_start, masked, apply_mask)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     shared.v.release(u)
     ds = (p * (dp - gl.expand_dims(delta, 1))).to(c.dtype)
@@ -157,15 +150,8 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc):
 @gluon.jit(
     do_not_specialize=[
         *("batch", "num_heads", "seqlen_q", "seqlen_k", "window_left", "window_right", "padded_rows"),
-        *(
-            "delta_start",
-            "group",
-            "heads_magic",
-            "group_size_magic",
-            "group_magic",
-            "last_magic",
-            "tiles_magic",
-        ),
+        *("delta_start", "group", "heads_magic", "group_size_magic", "group_magic", "last_magic"),
+        "tiles_magic",
     ],
     do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"],
 )
@@ -176,9 +162,7 @@ def query_gradient(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_ptr, cu_seqlen
     """Arguments as in the forward kernel; stat_ptr: lse, and from delta_start on delta, of padded rows."""
     c: gl.constexpr = config.static
     gdc_launch_dependents()
-    scale = scale_log2 * LN2
-    if c.softcap:
-        scale = scale * inner_scale
+    scale = gradient_scale(scale_log2, inner_scale, c.softcap)
     problem = Problem(scale, scale_log2, inner_scale, config)
     sequences = c.Sequences.create(seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     rows = Rows(num_heads, heads_magic, group, group_magic, last_magic, tiles_magic)

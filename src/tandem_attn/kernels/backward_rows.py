@@ -25,6 +25,15 @@ def _place(row_blocks, num_heads):
 
 
 @gluon.jit
+def _row_of_all(sequence, b, row, seqlen_q, packed: gl.constexpr):
+    """Where a row of sequence b lies in a contiguous tensor, int64."""
+    rows = (row + sequence.first_row()).to(gl.int64)
+    if not packed:
+        rows += b.to(gl.int64) * seqlen_q
+    return rows
+
+
+@gluon.jit
 def _padded(seqlen):
     return (seqlen + (PADDING - 1)) // PADDING * PADDING
 
@@ -74,9 +83,7 @@ def prepare_rows(out_ptr, dout_ptr, clean_ptr, lse_ptr, dlse_ptr, stat_ptr, coun
             delta -= gl.load(dlse_ptr + lse_at, mask=there, other=0.0)
         seen = lse != float("-inf")
         if clean_ptr is not None:
-            by_row = rows
-            if not c.Sequences.packed:
-                by_row += b.to(gl.int64) * seqlen_q
+            by_row = _row_of_all(sequence, b, row, seqlen_q, c.Sequences.packed)
             to = clean_ptr + ((by_row * num_heads + head) * columns * 8)[:, None] + column[None, :]
             gl.store(to, gl.where(seen[:, None], do, 0.0), mask=keep)
         stat = sequence.padded_row(b, head, num_heads, padded_rows) + m
@@ -113,9 +120,7 @@ def finish_rows(dq_acc_ptr, dq_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, sequs
         flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         row = m + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
-        rows = (row + sequence.first_row()).to(gl.int64)
-        if not c.Sequences.packed:
-            rows += b.to(gl.int64) * seqlen_q
+        rows = _row_of_all(sequence, b, row, seqlen_q, c.Sequences.packed)
         to = dq_ptr + ((rows * num_heads + head) * columns * 8)[:, None]
         chunks: gl.constexpr = c.head_dim // CHUNK
         stat = sequence.padded_row(b, head, num_heads, padded_rows) + m

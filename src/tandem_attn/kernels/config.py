@@ -22,20 +22,26 @@ from tandem_attn.spec import AttentionSpec
 
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
+TILE_WIDTHS = (64, 128, 256)  # of kernels that know tiles of one piece; TMA fills the rest with zeros
 SHARED_MEMORY = 227 * 1024  # what a Hopper block may use, bytes
 LONG = 4096  # from this many rows and keys on, the loop alone counts
 SHORT = 1024  # up to this many rows and keys, prologues and tails weigh more than the loop
 L2_FOR_KEYS = 32 * 2**20  # bytes of K and V that the heads worked on at a time should fit in
 
 
-def native_head_dim(head_dim: int) -> int:
-    """The smallest tile width that holds head_dim columns; TMA fills the rest with zeros."""
-    return next(d for d in NATIVE_HEAD_DIMS if d >= head_dim)
+def tile_width(head_dim: int) -> int:
+    """The smallest of TILE_WIDTHS that holds head_dim columns."""
+    return next(d for d in TILE_WIDTHS if d >= head_dim)
 
 
 def column_chunks(head_dim: int) -> int:
     """Pieces of a power of two columns that make up a tile: 96 = 3 x 32, 192 = 3 x 64."""
     return 3 if head_dim % 3 == 0 else 1
+
+
+def accumulator(width: int, num_warps: int = 4):
+    """Layout of what wgmma adds up in registers: tiles of this many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, width, 16])
 
 
 class Static:
@@ -60,6 +66,15 @@ class Static:
 
 class KernelConfig:
     """What the configs of all kernels have: frozen dataclasses, which kernels take as a constexpr."""
+
+    @property
+    def dtype(self):
+        """Of tiles, where a config names their `element`."""
+        return gl.bfloat16 if self.element == "bf16" else gl.float16
+
+    def shared_layout(self, rows: int, cols: int):
+        """Of a tile in shared memory, as TMA and wgmma want it."""
+        return gl.NVMMASharedLayout.get_default_for([rows, cols], self.dtype)
 
     @property
     def static(self) -> Static:
@@ -129,10 +144,6 @@ class ForwardConfig(KernelConfig):
             raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
 
     @property
-    def dtype(self):
-        return gl.bfloat16 if self.element == "bf16" else gl.float16
-
-    @property
     def qk_chunks(self) -> int:
         return column_chunks(self.head_dim)
 
@@ -157,9 +168,6 @@ class ForwardConfig(KernelConfig):
         """Query rows of a whole tile."""
         return self.tile_m * self.num_consumers
 
-    def shared_layout(self, rows: int, cols: int):
-        return gl.NVMMASharedLayout.get_default_for([rows, cols], self.dtype)
-
     @property
     def q_layout(self):
         return self.shared_layout(self.tile_m, self.qk_width)
@@ -178,11 +186,11 @@ class ForwardConfig(KernelConfig):
 
     @property
     def s_accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.tile_n, 16])
+        return accumulator(self.tile_n)
 
     @property
     def o_accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.v_width, 16])
+        return accumulator(self.v_width)
 
     @cached_property
     def shared_memory(self) -> int:

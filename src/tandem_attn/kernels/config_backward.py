@@ -1,8 +1,8 @@
 """What the backward kernel is compiled for, and which choice measured best.
 
-`BackwardConfig` is everything the kernel knows at compile time; `backward_configs(spec)` finds the rows of
-the table. There may be two: where the accumulators of dK and dV do not fit in registers together, one launch
-makes dQ and dK, another dV.
+`BackwardConfig` and `QueryGradientConfig` are everything the kernels know at compile time;
+`backward_configs(spec)` finds the rows of the table: one for all gradients, or one for each where the
+accumulators of dK and dV do not fit in registers together.
 """
 
 from __future__ import annotations
@@ -16,21 +16,52 @@ from tandem_attn.device.accumulate import WRITTEN
 from tandem_attn.device.gluon import gl
 from tandem_attn.device.schedule import DenseTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
-from tandem_attn.kernels.config import SHARED_MEMORY, KernelConfig, mask_of, without_edges
+from tandem_attn.kernels.config import (
+    SHARED_MEMORY,
+    TILE_WIDTHS,
+    KernelConfig,
+    accumulator,
+    mask_of,
+    tile_width,
+    without_edges,
+)
 from tandem_attn.spec import AttentionSpec
 
-HEAD_DIMS = (64, 128, 256)  # widths of tiles; TMA fills the rest with zeros
 NUM_CONSUMERS = 2
 KEYS = 64  # of a consumer
 MAX_UNORDERED_KEYS = (WRITTEN.value - 1) * NUM_CONSUMERS * KEYS
 
 
+class GradientConfig(KernelConfig):
+    """What both kernels have: two consumers and one more warpgroup of producers and the like."""
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in TILE_WIDTHS or self.head_dim_v not in TILE_WIDTHS:
+            raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {TILE_WIDTHS}")
+        self.check_own_fields()
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
+
+    def check_own_fields(self) -> None:
+        """Raise ValueError unless what one kernel alone has is possible."""
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers per thread at launch: 3 warpgroups' worth (what is no consumer is padded to one)."""
+        return 168
+
+    @property
+    def worker_registers(self) -> list[int]:
+        """Registers of the partitions after the first, which gets what is left; multiples of 8."""
+        return [240, 24]
+
+
 @dataclasses.dataclass(frozen=True)
-class BackwardConfig(KernelConfig):
+class BackwardConfig(GradientConfig):
     """Compile-time facts of the backward kernel. Validated here and nowhere else."""
 
     element: str  # "bf16" or "fp16"
-    head_dim: int  # columns of a tile of Q, K, dK: one of HEAD_DIMS
+    head_dim: int  # columns of a tile of Q, K, dK: one of TILE_WIDTHS
     head_dim_v: int
     Mask: type
     Sequences: type
@@ -44,9 +75,7 @@ class BackwardConfig(KernelConfig):
     ds_stages: int = 3
     packed_ds: bool = False  # dS from rounded P by a 16-bit product: fewer registers, two more roundings
 
-    def __post_init__(self) -> None:
-        if self.head_dim not in HEAD_DIMS or self.head_dim_v not in HEAD_DIMS:
-            raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {HEAD_DIMS}")
+    def check_own_fields(self) -> None:
         if self.gradients not in ("qkv", "k", "v"):
             raise ValueError(f"gradients={self.gradients!r}: qkv, k or v")
         if self.tile_m not in (64, 128):
@@ -59,8 +88,6 @@ class BackwardConfig(KernelConfig):
             raise ValueError(
                 f"tile_m={self.tile_m}, head_dim={self.head_dim}: no split of dQ between consumers"
             )
-        if self.shared_memory > SHARED_MEMORY:
-            raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
 
     @property
     def with_q(self) -> bool:
@@ -97,13 +124,6 @@ class BackwardConfig(KernelConfig):
         return NUM_CONSUMERS * KEYS
 
     @property
-    def dtype(self):
-        return gl.bfloat16 if self.element == "bf16" else gl.float16
-
-    def shared_layout(self, rows: int, cols: int):
-        return gl.NVMMASharedLayout.get_default_for([rows, cols], self.dtype)
-
-    @property
     def k_layout(self):
         return self.shared_layout(KEYS, self.head_dim)
 
@@ -125,19 +145,19 @@ class BackwardConfig(KernelConfig):
 
     @property
     def s_accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.tile_m, 16])
+        return accumulator(self.tile_m)
 
     @property
     def dk_accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.head_dim, 16])
+        return accumulator(self.head_dim)
 
     @property
     def dv_accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.head_dim_v, 16])
+        return accumulator(self.head_dim_v)
 
     @property
     def dq_accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+        return accumulator(64)
 
     @cached_property
     def shared_memory(self) -> int:
@@ -151,14 +171,8 @@ class BackwardConfig(KernelConfig):
         return 2 * (k + v + rows + ds) + stats + dq
 
     @property
-    def maxnreg(self) -> int:
-        """Registers per thread at launch: 3 warpgroups' worth (the producer warp is padded to one)."""
-        return 168
-
-    @property
     def worker_registers(self) -> list[int]:
-        """Registers of the partitions after the first, which gets what is left; multiples of 8."""
-        return [240, 24, 24, 24] if self.with_q else [240, 24]
+        return [240, 24, 24, 24] if self.with_q else super().worker_registers
 
     def __str__(self) -> str:
         fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
@@ -172,7 +186,7 @@ class BackwardConfig(KernelConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class QueryGradientConfig(KernelConfig):
+class QueryGradientConfig(GradientConfig):
     """Compile-time facts of the kernel that makes dQ alone."""
 
     element: str
@@ -184,12 +198,6 @@ class QueryGradientConfig(KernelConfig):
     softcap: bool = False
     k_stages: int = 2
     v_stages: int = 1
-
-    def __post_init__(self) -> None:
-        if self.head_dim not in HEAD_DIMS or self.head_dim_v not in HEAD_DIMS:
-            raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {HEAD_DIMS}")
-        if self.shared_memory > SHARED_MEMORY:
-            raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
 
     @property
     def gradients(self) -> str:
@@ -206,24 +214,20 @@ class QueryGradientConfig(KernelConfig):
         return NUM_CONSUMERS * 64
 
     @property
-    def dtype(self):
-        return gl.bfloat16 if self.element == "bf16" else gl.float16
-
-    @property
     def q_layout(self):
-        return gl.NVMMASharedLayout.get_default_for([64, self.head_dim], self.dtype)
+        return self.shared_layout(64, self.head_dim)
 
     @property
     def do_layout(self):
-        return gl.NVMMASharedLayout.get_default_for([64, self.head_dim_v], self.dtype)
+        return self.shared_layout(64, self.head_dim_v)
 
     @property
     def s_accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.tile_n, 16])
+        return accumulator(self.tile_n)
 
     @property
     def dq_accumulator(self):
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.head_dim, 16])
+        return accumulator(self.head_dim)
 
     @cached_property
     def shared_memory(self) -> int:
@@ -231,27 +235,12 @@ class QueryGradientConfig(KernelConfig):
         rows = self.tile_rows * (self.head_dim + self.head_dim_v)
         return 2 * (rows + self.tile_n * (self.k_stages * self.head_dim + self.v_stages * self.head_dim_v))
 
-    @property
-    def maxnreg(self) -> int:
-        """As BackwardConfig.maxnreg."""
-        return 168
-
-    @property
-    def worker_registers(self) -> list[int]:
-        """As BackwardConfig.worker_registers."""
-        return [240, 24]
-
     def __str__(self) -> str:
         policies = (c.__name__ for c in (self.Mask, self.Sequences))
         return (
             f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, dq: {NUM_CONSUMERS}x64 rows x "
             f"{self.tile_n} keys, {', '.join(policies)}, {self.shared_memory // 1024} KB shared"
         )
-
-
-def native_head_dim(head_dim: int) -> int:
-    """The smallest tile width that holds head_dim columns."""
-    return next(d for d in HEAD_DIMS if d >= head_dim)
 
 
 _NARROW = {
@@ -265,7 +254,7 @@ def backward_configs(spec: AttentionSpec) -> tuple[tuple[BackwardConfig, ...], Q
     """The compile-time configurations for a question that the gluon backend accepts: of the launches that go
     by keys, and of the one that goes by queries if there is one."""
     mask = without_edges(mask_of(spec), spec, NUM_CONSUMERS * KEYS)
-    head_dim, head_dim_v = native_head_dim(spec.head_dim), native_head_dim(spec.head_dim_v)
+    head_dim, head_dim_v = tile_width(spec.head_dim), tile_width(spec.head_dim_v)
     wide = max(head_dim, head_dim_v)
     if wide == 128:
         head_dim = head_dim_v = 128

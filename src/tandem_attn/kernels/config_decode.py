@@ -15,10 +15,9 @@ from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.gluon import gl
 from tandem_attn.device.kv_tiles import GatheredTiles, LoadedTiles
 from tandem_attn.device.splits import CountedSplits, SharedSplits, SizedSplits
-from tandem_attn.kernels.config import SHARED_MEMORY, KernelConfig
+from tandem_attn.kernels.config import SHARED_MEMORY, TILE_WIDTHS, KernelConfig, accumulator, tile_width
 from tandem_attn.spec_decode import DecodeSpec
 
-TILE_WIDTHS = (64, 128, 256)  # columns of a tile: TMA fills what a head has not with zeros
 MAX_ITEMS_AT_ONCE = 1024
 MERGE_BYTES = 64 * 1024  # partials of an item that its last program merges; more are left to a second kernel
 MERGE_BYTES_OF_ROWS = 256 * 1024  # the same for many rows, which the second kernel would take one by one
@@ -29,11 +28,6 @@ MAX_PIECES = (
 SHARED_MEMORY_OF_ALL = 228 * 1024  # of a multiprocessor, bytes
 BLOCK_RESERVED = 1024  # of it, in every block
 PIECE_ROWS = 8  # at least: the unit in which shared memory is swizzled
-
-
-def tile_width(head_dim: int) -> int:
-    """The smallest tile that holds head_dim columns."""
-    return next(d for d in TILE_WIDTHS if d >= head_dim)
 
 
 def power_of_two(n: int) -> int:
@@ -99,10 +93,6 @@ class DecodeConfig(KernelConfig):
             raise ValueError(f"num_stages={self.num_stages}: at least 2")
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
-
-    @property
-    def dtype(self):
-        return gl.bfloat16 if self.element == "bf16" else gl.float16
 
     @property
     def paged(self) -> bool:
@@ -182,7 +172,7 @@ class DecodeConfig(KernelConfig):
     def tile_layout(self, width: int):
         """Shared memory of a chunk of a tile that is made of pieces, each of them panels of 64 columns."""
         if self.by_panels:
-            return gl.NVMMASharedLayout.get_default_for([self.tile_n, width], self.dtype)
+            return self.shared_layout(self.tile_n, width)
         rows = [1 << i for i in range(self.tile_n.bit_length() - 1)]
         inside = [n for n in rows if n < self.piece_rows]
         swizzle = {1: 8, 2: 16, 4: 32}
@@ -191,11 +181,11 @@ class DecodeConfig(KernelConfig):
         return gl.SharedLinearLayout(bases + [[n, 0] for n in rows if n >= self.piece_rows], [], 1024)
 
     def piece_layout(self, width: int):
-        return gl.NVMMASharedLayout.get_default_for([self.piece_rows, width], self.dtype)
+        return self.shared_layout(self.piece_rows, width)
 
     @property
     def q_layout(self):
-        return gl.NVMMASharedLayout.get_default_for([self.group_rows, self.k_width], self.dtype)
+        return self.shared_layout(self.group_rows, self.k_width)
 
     def copy_layout(self, width: int):
         """Threads of the gathering copies: 16 bytes each, a warp copies whole rows next to each other."""
@@ -212,11 +202,11 @@ class DecodeConfig(KernelConfig):
 
     @property
     def s_layout(self):
-        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.tile_n, 16])
+        return accumulator(self.tile_n, self.num_warps)
 
     @property
     def o_layout(self):
-        return gl.NVMMADistributedLayout([3, 0], [self.num_warps, 1], [16, self.v_width, 16])
+        return accumulator(self.v_width, self.num_warps)
 
     @property
     def merge_layout(self):

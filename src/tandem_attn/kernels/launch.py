@@ -13,11 +13,12 @@ import torch
 
 from tandem_attn import arch
 from tandem_attn.device.division import division_magic
+from tandem_attn.device.gluon import gl
 from tandem_attn.device.sequence import RAGGED_END
 from tandem_attn.kernels.balance import rounds_in_step, tile_costs
-from tandem_attn.kernels.config import L2_FOR_KEYS, ForwardConfig, forward_config
+from tandem_attn.kernels.config import L2_FOR_KEYS, ForwardConfig, KernelConfig, forward_config
 from tandem_attn.kernels.forward import attention_forward
-from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
+from tandem_attn.kernels.launcher import KernelLauncher, encoded, tensor_descriptor
 from tandem_attn.kernels.question import (
     UNBOUNDED,
     device_reasons,
@@ -31,7 +32,6 @@ from tandem_attn.spec import AttentionSpec
 
 NAME = "gluon"
 MAX_DESCRIPTOR_DIM = 0x7FFF0000
-MAX_CACHED_ADDRESSES = 4096
 MAX_TILES = 2**31 - 2**16  # programs look at numbers past the last tile
 
 
@@ -80,13 +80,15 @@ def _operands(spec: AttentionSpec):
     )
 
 
+def tiles_bound(spec: AttentionSpec, heads: int, seqlen: int, total: int, size: int) -> int:
+    """At least the number of tiles of `size` rows of q or k: exact for dense, for packed sequences each may
+    end in one partial tile."""
+    blocks = total // size + min(spec.batch, total) if spec.varlen else -(-seqlen // size) * spec.batch
+    return blocks * heads
+
+
 def _num_tiles_bound(spec: AttentionSpec, tile_rows: int) -> int:
-    """At least the number of tiles: exact for dense, for packed sequences each may end in one partial
-    tile."""
-    if spec.varlen:
-        m_blocks = spec.total_q // tile_rows + min(spec.batch, spec.total_q)
-        return m_blocks * spec.num_heads
-    return -(-spec.seqlen_q // tile_rows) * spec.batch * spec.num_heads
+    return tiles_bound(spec, spec.num_heads, spec.seqlen_q, spec.total_q, tile_rows)
 
 
 def describe(spec: AttentionSpec) -> str:
@@ -112,18 +114,18 @@ def backward(spec: AttentionSpec):
 
 def forward_boxes(config: ForwardConfig) -> dict[str, tuple[list[int], object]]:
     """TMA box and shared-memory layout of each descriptor of the forward kernel."""
-    ones = [1, 1, 1] if config.Sequences.packed.value else [1, 1]
-
-    def box(rows: int, cols: int):
-        shape = [*ones, rows, cols]
-        return shape, type(config.q_layout).get_default_for(shape, config.dtype)
-
     return {
-        "q_desc": box(config.tile_m, config.qk_width),
-        "k_desc": box(config.tile_n, config.qk_width),
-        "v_desc": box(config.tile_n, config.v_width),
-        "o_desc": box(config.tile_m, config.o_width),
+        "q_desc": tile_box(config, config.tile_m, config.qk_width),
+        "k_desc": tile_box(config, config.tile_n, config.qk_width),
+        "v_desc": tile_box(config, config.tile_n, config.v_width),
+        "o_desc": tile_box(config, config.tile_m, config.o_width),
     }
+
+
+def tile_box(config: KernelConfig, rows: int, cols: int) -> tuple[list[int], object]:
+    """TMA box and shared-memory layout of a tile of a head of one of config.Sequences."""
+    shape = [*([1, 1, 1] if config.Sequences.packed.value else [1, 1]), rows, cols]
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, config.dtype)
 
 
 def descriptor_geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -242,9 +244,6 @@ class ForwardPlan:
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         maps = self.maps.get(addresses)
         if maps is None:
-            # 1.2 us each to encode; the allocator hands out the same addresses again and again
-            if len(self.maps) >= MAX_CACHED_ADDRESSES:
-                self.maps.clear()
-            maps = self.maps[addresses] = self.launcher.encode(addresses, (q, k, v, out))
+            maps = encoded(self.launcher, self.maps, addresses, (q, k, v, out))  # 1.2 us each
         self.launcher.launch(self.programs, stream, maps, lse, pointers, self.numbers, self.config)
         return out, lse

@@ -12,34 +12,29 @@ from typing import NamedTuple
 
 import torch
 
+from tandem_attn.device import accumulate
 from tandem_attn.device.division import division_magic
-from tandem_attn.device.gluon import gl
 from tandem_attn.device.sequence import PADDING
 from tandem_attn.kernels.backward import attention_backward
 from tandem_attn.kernels.backward_queries import query_gradient
 from tandem_attn.kernels.backward_rows import clear_padding, finish_rows, prepare_rows
 from tandem_attn.kernels.config_backward import KEYS, BackwardConfig, QueryGradientConfig, backward_configs
-from tandem_attn.kernels.launch import descriptor_geometry
-from tandem_attn.kernels.launcher import KernelLauncher, tensor_descriptor
+from tandem_attn.kernels.launch import descriptor_geometry, tile_box, tiles_bound
+from tandem_attn.kernels.launcher import KernelLauncher, encoded, tensor_descriptor
 from tandem_attn.kernels.question import score_scales, window_numbers
 from tandem_attn.spec import AttentionSpec
 
-MAX_CACHED_ADDRESSES = 4096
 ROWS_TOGETHER = 16  # heads whose tiles of keys are taken together, the longest first
-ORDERED_TILES = (
-    256  # so many tiles at most are taken together where they wait for each other: two per program
-)
+ORDERED_TILES = 256  # at most so many tiles together where they wait for each other: two per program
 CLEARERS = 16  # programs per gap between sequences
-CHUNK = 64
+CHUNK = accumulate.CHUNK.value
 
 
 def backward_boxes(config: BackwardConfig | QueryGradientConfig) -> dict[str, tuple[list[int], object, str]]:
     """TMA box, shared-memory layout and element type of each descriptor of a backward kernel."""
-    ones = [1, 1, 1] if config.Sequences.packed.value else [1, 1]
 
     def box(rows: int, cols: int):
-        shape = [*ones, rows, cols]
-        return shape, gl.NVMMASharedLayout.get_default_for(shape, config.dtype), config.element
+        return *tile_box(config, rows, cols), config.element
 
     if isinstance(config, QueryGradientConfig):
         return {
@@ -105,6 +100,9 @@ class BackwardPlan:
         self.row_blocks = self.longest // CHUNK
         self.row_grid = (self.row_blocks * spec.num_heads * spec.batch, 1, 1)
         self.scales = score_scales(spec.softmax_scale, spec.softcap)
+        self.programs_by_keys, self.numbers_by_keys = self._numbers_by_keys()
+        if self.by_queries is not None:
+            self.programs_by_queries, self.numbers_by_queries = self._numbers_by_queries()
         self.launchers: dict[tuple, KernelLauncher] = {}
         self.maps: dict[tuple, list] = {}
 
@@ -158,15 +156,11 @@ class BackwardPlan:
         if launcher is None:
             arguments = (*make(), *tensors, *rest)
             launcher = self.launchers[key] = KernelLauncher(kernel, arguments, dict(num_warps=4, **options))
-        encoded = []
+        found = []
         if described:
             at = (key, *(x.data_ptr() for x in described))
-            encoded = self.maps.get(at)
-            if encoded is None:
-                if len(self.maps) >= MAX_CACHED_ADDRESSES:
-                    self.maps.clear()
-                encoded = self.maps[at] = launcher.encode(at[1:], described)
-        launcher.launch_flat(grid, stream, encoded, tensors, rest)
+            found = self.maps.get(at) or encoded(launcher, self.maps, at, described)
+        launcher.launch_flat(grid, stream, found, tensors, rest)
 
     def _may_be_blind(self, pointers) -> bool:
         """Whether there may be query rows that see none of the keys that there are."""
@@ -204,44 +198,42 @@ class BackwardPlan:
             rest = (self.spec.batch, x.shape[0], math.prod(x.shape[1:]))
             self._launch(("clear", side), clear_padding, grid, stream, tensors, rest)
 
+    def _numbers_by_keys(self) -> tuple[int, tuple]:
+        """(programs, scalar arguments) of a launch by keys."""
+        spec, tile_n = self.spec, self.by_keys[0].tile_n
+        programs, places, magics = self._tiles(spec.num_kv_heads, spec.seqlen_k, spec.total_k, tile_n)
+        lengths = (*self.lengths, *window_numbers(spec.window))
+        question = (spec.batch, spec.num_kv_heads, spec.group_size, *lengths)
+        return programs, (*question, self.padded_rows, self.stat_rows, places, *magics, *self.scales)
+
+    def _numbers_by_queries(self) -> tuple[int, tuple]:
+        """(programs, scalar arguments) of the launch by queries."""
+        spec, tile_rows = self.spec, self.by_queries.tile_rows
+        programs, places, magics = self._tiles(spec.num_heads, spec.seqlen_q, spec.total_q, tile_rows)
+        magics.insert(1, division_magic(spec.group_size))
+        question = (spec.batch, spec.num_heads, *self.lengths, *window_numbers(spec.window))
+        return programs, (*question, self.padded_rows, self.stat_rows, places, *magics, *self.scales)
+
     def _launch_by_keys(
         self, config: BackwardConfig, stream, operands: tuple, space: Workspace, pointers
     ) -> None:
-        spec = self.spec
-        programs, places, magics = self._tiles(spec.num_kv_heads, spec.seqlen_k, spec.total_k, config.tile_n)
-        numbers = (
-            *(spec.batch, spec.num_kv_heads, spec.group_size, *self.lengths, *window_numbers(spec.window)),
-            *(self.padded_rows, self.stat_rows, places, *magics, *self.scales, config),
-        )
         accumulator = space.statistics.view(-1, 32) if space.accumulator is None else space.accumulator
         described = (*operands, accumulator, space.statistics)
-        tensors = (space.counters, *pointers)
+        tensors, rest = (space.counters, *pointers), (*self.numbers_by_keys, config)
         key = ("keys", config.gradients, operands[3].stride())
         maps = (described, lambda: self._descriptors(config, described))
         options = dict(maxnreg=config.maxnreg, launch_pdl=True)
-        self._launch(key, attention_backward, (programs, 1, 1), stream, tensors, numbers, maps, **options)
+        grid = (self.programs_by_keys, 1, 1)
+        self._launch(key, attention_backward, grid, stream, tensors, rest, maps, **options)
 
     def _launch_by_queries(self, stream, operands: tuple, space: Workspace, pointers) -> None:
-        spec, config = self.spec, self.by_queries
-        programs, places, magics = self._tiles(spec.num_heads, spec.seqlen_q, spec.total_q, config.tile_rows)
-        heads_magic, *rest = magics
-        numbers = (
-            *(spec.batch, spec.num_heads, *self.lengths, *window_numbers(spec.window), self.padded_rows),
-            *(
-                self.stat_rows,
-                places,
-                heads_magic,
-                division_magic(spec.group_size),
-                *rest,
-                *self.scales,
-                config,
-            ),
-        )
-        tensors = (space.statistics, *pointers)
+        config = self.by_queries
+        tensors, rest = (space.statistics, *pointers), (*self.numbers_by_queries, config)
         key = ("queries", operands[3].stride())
         maps = (operands, lambda: self._descriptors(config, operands))
         options = dict(maxnreg=config.maxnreg, launch_pdl=True)
-        self._launch(key, query_gradient, (programs, 1, 1), stream, tensors, numbers, maps, **options)
+        grid = (self.programs_by_queries, 1, 1)
+        self._launch(key, query_gradient, grid, stream, tensors, rest, maps, **options)
 
     def _tiles(self, heads: int, longest: int, total: int, size: int) -> tuple[int, int, list[int]]:
         """(programs, heads taken together, what Rows divides by) for tiles of `size` rows or keys."""
@@ -251,8 +243,8 @@ class BackwardPlan:
         together = min(ROWS_TOGETHER, rows)
         if self.by_keys[0].ordered:
             together = max(1, min(together, ORDERED_TILES // blocks))
-        programs = (total // size + min(spec.batch, total)) * heads if spec.varlen else blocks * rows
         divisors = (heads, together, rows % together or together, together * blocks)
+        programs = tiles_bound(spec, heads, longest, total, size)
         return programs, together, [division_magic(d) for d in divisors]
 
     def _descriptors(self, config, tensors: tuple) -> list:

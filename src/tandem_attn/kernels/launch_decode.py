@@ -19,7 +19,7 @@ from tandem_attn.kernels.combine import combine_partials
 from tandem_attn.kernels.config_decode import DecodeConfig, blocks_of_rows, decode_config
 from tandem_attn.kernels.decode import decode_attention
 from tandem_attn.kernels.decode_groups import decode_groups
-from tandem_attn.kernels.launcher import KernelLauncher, misaligned, tensor_descriptor
+from tandem_attn.kernels.launcher import KernelLauncher, encoded, misaligned, tensor_descriptor
 from tandem_attn.kernels.question import (
     UNBOUNDED,
     device_reasons,
@@ -32,7 +32,6 @@ from tandem_attn.kernels.question import (
 from tandem_attn.spec_decode import ALIGNMENT, AppendSpec, Cache, DecodeSpec, New
 
 NAME = "gluon"
-MAX_CACHED_ADDRESSES = 4096
 
 
 def decode_reasons(spec: DecodeSpec) -> list[str]:
@@ -232,9 +231,7 @@ class DecodePlan:
         addresses = (cache.k.data_ptr(), cache.v.data_ptr())
         found = self.maps.get(addresses)
         if found is None:
-            if len(self.maps) >= MAX_CACHED_ADDRESSES:
-                self.maps.clear()
-            found = self.maps[addresses] = decoder.encode(addresses, (cache.k, cache.v))
+            found = encoded(decoder, self.maps, addresses, (cache.k, cache.v))
         return found
 
     def _prepare(self, cache: Cache, tensors: tuple, lengths: tuple):

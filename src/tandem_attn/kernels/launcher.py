@@ -18,6 +18,9 @@ def tensor_descriptor(tensor: torch.Tensor, shape: list[int], strides: list[int]
     return TensorDescriptor(tensor, shape, strides, box, layout)
 
 
+MAX_CACHED_ADDRESSES = 4096
+
+
 class KernelLauncher:
     """One compiled kernel and what its launches have in common."""
 
@@ -98,6 +101,15 @@ class KernelLauncher:
             return
         function, head = self._c_launch
         function(*grid, stream, *head, *map(_address, maps), *map(_address, tensors), *map(_address, rest))
+
+
+def encoded(launcher: KernelLauncher, maps: dict, key, tensors: tuple) -> list:
+    """What `launcher.encode` makes of tensors, remembered in `maps`: allocators hand out the same addresses
+    again and again. Too many are forgotten all at once."""
+    if len(maps) >= MAX_CACHED_ADDRESSES:
+        maps.clear()
+    maps[key] = launcher.encode(tuple(x.data_ptr() for x in tensors), tensors)
+    return maps[key]
 
 
 def misaligned(tensors: tuple) -> int:

@@ -67,6 +67,11 @@ class Report:
         return cls(**{**rest, "tight_loops": loops, "register_use": use})
 
 
+def descriptor_type(element: str, box: list[int], layout) -> str:
+    """Of a TMA descriptor, as Triton spells it."""
+    return f"tensordesc<{element}[{', '.join(map(str, box))}],{layout!r}>"
+
+
 def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str]:
     """Types of the kernel's arguments, as Triton spells them. `seqused`: which used lengths, of "qk"."""
     boxes = forward_boxes(config)
@@ -80,7 +85,7 @@ def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str
     for name in attention_forward.arg_names:
         if name in boxes:
             box, layout = boxes[name]
-            signature[name] = f"tensordesc<{config.element}[{', '.join(map(str, box))}],{layout!r}>"
+            signature[name] = descriptor_type(config.element, box, layout)
         elif name in pointers:
             signature[name] = pointers[name]
         elif name == "config":

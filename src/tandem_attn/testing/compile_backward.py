@@ -23,7 +23,7 @@ from tandem_attn.kernels.backward import attention_backward
 from tandem_attn.kernels.backward_queries import query_gradient
 from tandem_attn.kernels.config_backward import KEYS, NUM_CONSUMERS, BackwardConfig, QueryGradientConfig
 from tandem_attn.kernels.launch_backward import backward_boxes
-from tandem_attn.testing.compile import Report, command_line, compiled, explained, one_line
+from tandem_attn.testing.compile import Report, command_line, compiled, descriptor_type, explained, one_line
 from tandem_attn.testing.shipped_backward import Variant, variants
 
 OF_ELEMENTS = ("out_ptr", "dout_ptr", "clean_ptr", "dq_ptr", "ptr")  # pointers to 16-bit elements
@@ -58,7 +58,7 @@ def type_of(name: str, variant: Variant) -> str:
     boxes = {} if variant.of_rows else backward_boxes(config)
     if name in boxes:
         box, layout, element = boxes[name]
-        return f"tensordesc<{element}[{', '.join(map(str, box))}],{layout!r}>"
+        return descriptor_type(element, box, layout)
     if name in ("clean_ptr", "dlse_ptr") or name.startswith("seqused"):
         there = name in variant.given
     elif name in LENGTHS:

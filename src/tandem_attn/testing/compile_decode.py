@@ -27,7 +27,7 @@ from tandem_attn.kernels.combine import combine_partials
 from tandem_attn.kernels.config_decode import DecodeConfig
 from tandem_attn.kernels.launch_decode import box_of
 from tandem_attn.spec_decode import New
-from tandem_attn.testing.compile import always_compile, command_line, disassembled, explained
+from tandem_attn.testing.compile import always_compile, command_line, descriptor_type, disassembled, explained
 from tandem_attn.testing.sass import tight_loops
 from tandem_attn.testing.shipped_decode import DecodeVariant, decode_variants, plan_of
 
@@ -103,7 +103,7 @@ def arguments(variant: DecodeVariant) -> Typed:
     for name in kernel_of(variant).arg_names:
         if name in widths and not config.Tiles.clears.value:
             box, layout = box_of(config, widths[name])
-            typed.add(name, f"tensordesc<{config.element}[{', '.join(map(str, box))}],{layout!r}>")
+            typed.add(name, descriptor_type(config.element, box, layout))
         elif name in ("k", "v", "q_ptr", "out_ptr") or name in POINTERS:
             typed.add(name, POINTERS.get(name, f"*{config.element}"), aligned=True)
         elif name == "seqlen":  # do_not_specialize
