@@ -14,18 +14,18 @@ from tandem_attn.device.accumulate import WRITTEN
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.schedule import DenseTiles, VarlenTiles
 from tandem_attn.device.sequence import PADDING, Dense, Varlen
-from tandem_attn.kernels import launch_backward
 from tandem_attn.kernels.config import SHARED_MEMORY
 from tandem_attn.kernels.config_backward import (
     MAX_UNORDERED_KEYS,
+    MULTIPROCESSORS,
     BackwardConfig,
     QueryGradientConfig,
     backward_configs,
+    parts_of_group,
     tile_width,
 )
-from tandem_attn.kernels.launch_backward import CHUNK, CLEARERS, ORDERED_TILES, BackwardPlan, backward_boxes
+from tandem_attn.kernels.launch_backward import CHUNK, ORDERED_TILES, BackwardPlan, backward_boxes
 from tandem_attn.spec import Window
-from tandem_attn.testing.compile_backward import options_of, type_of
 from tandem_attn.testing.plain import DeviceInt, Language, Pointer, gluon_module, load
 from tandem_attn.testing.shipped import WINDOWS
 from tandem_attn.testing.shipped import question as forward_question
@@ -63,9 +63,14 @@ def all_configs(spec):
         (dict(tile_m=32), "tile_m=32"),
         (dict(head_dim=64, head_dim_v=64, tile_m=64), "no split of dQ"),  # 4096 elements: none for a consumer
         (dict(head_dim=256, tile_m=128), "no split of dQ"),
-        (dict(tile_m=128), "shared memory"),
-        (dict(head_dim=256, head_dim_v=256), "shared memory"),
-        (dict(q_stages=4), "shared memory"),
+        (dict(tile_m=128), "no split of dQ"),
+        (dict(head_dim=256, head_dim_v=256), "no split of dQ"),
+        (dict(head_dim_v=64), "no split of dQ"),
+        (dict(q_stages=4), "consumers race"),
+        (dict(do_stages=1), "consumers race"),
+        (dict(ds_stages=2), "consumers race"),
+        (dict(gradients="v", first_apart=True), "first_apart"),
+        (dict(gradients="v", q_stages=12), "shared memory"),
         (dict(head_dim=256, head_dim_v=256, gradients="k"), "shared memory"),  # two stages of dO
     ],
 )
@@ -155,6 +160,19 @@ def test_policies_follow_the_question(head_dim, asked, policies):
     assert capped == [dataclasses.replace(c, softcap=True) for c in made]
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_first_block_is_apart_where_registers_suffice(head_dim, window):
+    """Not where Triton copies operands, not with three loops."""
+    spec = question(head_dim, window=WINDOWS[window])
+    narrow, two_loops = head_dim <= 128, spec.window.left < 0
+    for copies_operands in (False, True):
+        by_keys, _ = backward_configs(spec, copies_operands)
+        assert [c.first_apart for c in by_keys] == [narrow and two_loops and not copies_operands] * len(
+            by_keys
+        )
+
+
 @pytest.mark.parametrize("varlen", [False, True])
 def test_many_keys_turn_ordering_on(varlen):
     """Unordered, tiles of keys draw numbers below WRITTEN from the counter of a chunk: one each."""
@@ -208,6 +226,8 @@ OTHER_VALUES |= dict(gradients="k", tile_m=128, q_stages=1, do_stages=1, ds_stag
 )
 def test_every_field_counts_for_the_cache_key(base, field):
     """Also those that the text for people leaves out."""
+    if field == "first_apart":
+        base = BackwardConfig(**USUAL)
     changed = dataclasses.replace(base, **{field: OTHER_VALUES.get(field, not getattr(base, field) or None)})
     assert getattr(changed, field) != getattr(base, field)
     assert changed.cache_key != base.cache_key
@@ -236,9 +256,57 @@ def test_workspace(head_dim, varlen, seqlen_q):
     accumulator = rows * width if width <= 128 else 0
     assert plan.workspace_bytes == 8 * rows + 4 * accumulator + 4 * (accumulator // CHUNK**2)
     space = plan._workspace()
-    made = [x for x in space if x is not None]
+    made = [x for x in space[:3] if x is not None]
     assert sum(x.numel() * x.element_size() for x in made) == plan.workspace_bytes
-    assert len(made) == (3 if accumulator else 1)
+    assert len(made) == (3 if accumulator else 1) and space.parts == ()
+
+
+@pytest.mark.parametrize(
+    "head_dims, widths", [((64, 64), (64, 64)), ((96, 96), (128, 128)), ((192, 128), (256, 128))]
+)
+@pytest.mark.parametrize("varlen", [False, True])
+def test_workspace_of_parts(head_dims, widths, varlen):
+    """dK and dV in float32, once for every part of a KV head's query heads."""
+    asked = dict(varlen=varlen, batch=3, num_heads=8)
+    whole = BackwardPlan(question(*head_dims, 1000, 1100, **asked))
+    plan = BackwardPlan(question(*head_dims, 1000, 1100, num_kv_heads=2, **asked))
+    assert plan.parts in (2, 4) and plan.by_keys[0].partial and not whole.by_keys[0].partial
+    keys = 3 * 1100 * 2
+    assert plan.workspace_bytes - whole.workspace_bytes == 4 * keys * plan.parts * sum(widths)
+    assert [x.numel() for x in plan._workspace().parts] == [keys * plan.parts * width for width in widths]
+
+
+@given(
+    heads=st.sampled_from([(1, 1), (8, 1), (8, 8), (64, 8), (12, 2), (7, 7)]),
+    seqlen=st.integers(1, 20000),
+    batch=st.integers(1, 64),
+    window=st.sampled_from([*WINDOWS.values()]),
+    deterministic=st.booleans(),
+)
+def test_parts_divide_a_group(heads, seqlen, batch, window, deterministic):
+    asked = dict(num_heads=heads[0], num_kv_heads=heads[1], batch=batch, window=window)
+    spec = question(128, None, seqlen, deterministic=deterministic, **asked)
+    parts = parts_of_group(spec)
+    assert spec.group_size % parts == 0
+    assert backward_configs(spec)[0][0].partial is (parts > 1)
+    by_keys = 12 * MULTIPROCESSORS * 128 * spec.group_size
+    if not deterministic and seqlen * batch * heads[1] > by_keys:
+        assert parts == 1, "programs enough"
+
+
+def test_parts_where_programs_are_few():
+    """What a group is taken in as measured best: docs/kernels/backward.md."""
+    asked = dict(batch=1, num_heads=64, num_kv_heads=8)
+    parts = {
+        (seqlen, name, deterministic): parts_of_group(
+            question(128, None, seqlen, window=WINDOWS[name], deterministic=deterministic, **asked)
+        )
+        for seqlen in (2048, 8192)
+        for name in ("full", "causal")
+        for deterministic in (False, True)
+    }
+    several = {(2048, "causal", False): 2, (2048, "causal", True): 8, (8192, "causal", True): 8}
+    assert parts == dict.fromkeys(parts, 1) | several
 
 
 plain = load(["device.sequence"], gluon_module(Language()))["tandem_attn.device.sequence"]
@@ -336,160 +404,3 @@ def test_blind_rows_of_packed_sequences():
         assert plan._may_be_blind((mine, mine, used, None)) is blind
         assert plan._may_be_blind((mine, mine, None, used)) is blind
         assert plan._may_be_blind((mine, mine, None, None)) is False
-
-
-# The plan: what a call launches.
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """A function from a spec to the launches of a call on tensors of this machine: (kernel, grid, arguments
-    by name, options)."""
-    launches = []
-
-    def launch(plan, key, kernel, grid, stream, tensors, rest, maps=None, **options):
-        described, make = maps or ((), tuple)
-        arguments = (*make(), *tensors, *rest)
-        assert len(make()) == len(described)
-        launches.append((kernel, grid, dict(zip(kernel.arg_names, arguments, strict=True)), options))
-
-    monkeypatch.setattr(launch_backward.BackwardPlan, "_launch", launch)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-
-    def call(spec, dlse=False, same_lengths=False, used=False):
-        launches.clear()
-        rows, keys = (
-            ((spec.total_q,), (spec.total_k,))
-            if spec.varlen
-            else ((spec.batch, spec.seqlen_q), (spec.batch, spec.seqlen_k))
-        )
-        q = torch.zeros(*rows, spec.num_heads, spec.head_dim, dtype=spec.dtype)
-        k = torch.zeros(*keys, spec.num_kv_heads, spec.head_dim, dtype=spec.dtype)
-        v = torch.zeros(*keys, spec.num_kv_heads, spec.head_dim_v, dtype=spec.dtype)
-        out, lse = torch.zeros(spec.out_shape, dtype=spec.dtype), torch.zeros(spec.lse_shape)
-        pointers = [torch.zeros(spec.batch + 1, dtype=torch.int32) for _ in range(2)]
-        pointers = [pointers[0], pointers[0]] if same_lengths else pointers
-        counts = [torch.zeros(spec.batch, dtype=torch.int32) if used else None for _ in range(2)]
-        lengths = (*pointers, *counts) if spec.varlen else ()
-        plan = BackwardPlan(spec)
-        grads = plan(out, lse if dlse else None, q, k, v, out, lse, *lengths)
-        assert [g.shape for g in grads] == [x.shape for x in (q, k, v)]
-        assert all(g.is_contiguous() and g.dtype == spec.dtype for g in grads)
-        return list(launches)
-
-    return call
-
-
-CALLS = [
-    (dict(head_dim=64), dict()),
-    (dict(head_dim=128, window=CAUSAL, seqlen_q=200, seqlen_k=130), dict(dlse=True)),
-    (dict(head_dim=80, varlen=True, window=CAUSAL, dtype=torch.float16), dict(used=True)),
-    (dict(head_dim=128, varlen=True, num_kv_heads=2, deterministic=True), dict(same_lengths=True)),
-    (dict(head_dim=192, head_dim_v=128, window=Window(30, 0), softcap=20.0), dict()),
-    (dict(head_dim=256, varlen=True, num_kv_heads=4), dict(used=True, dlse=True)),
-]
-IDS = [" ".join(f"{k}={v}" for k, v in asked.items()) for asked, _ in CALLS]
-
-
-@pytest.mark.parametrize("asked, how", CALLS, ids=IDS)
-def test_launches_of_a_call(launched, asked, how):
-    spec = question(**{**dict(seqlen_q=200, batch=2, num_heads=8), **asked})
-    names = [kernel.__name__ for kernel, *_ in launched(spec, **how)]
-    wide = max(spec.head_dim, spec.head_dim_v) > 128
-    middle = (
-        ["attention_backward"] * 2 + ["query_gradient"] if wide else ["attention_backward", "finish_rows"]
-    )
-    assert names == ["prepare_rows", *middle, *["clear_padding"] * (3 if spec.varlen else 0)]
-
-
-@pytest.mark.parametrize("asked, how", CALLS, ids=IDS)
-def test_launches_pass_what_the_compile_tests_compile(launched, asked, how):
-    """Every argument of the type that testing/compile_backward.py says, with the same options."""
-    spec = question(**{**dict(seqlen_q=200, batch=2, num_heads=8), **asked})
-    by_keys, _ = backward_configs(spec)
-    for kernel, _grid, arguments, options in launched(spec, **how):
-        of_rows = kernel.__name__ if "rows" in kernel.__name__ or "clear" in kernel.__name__ else ""
-        config = arguments.get("config", by_keys[0])
-        given = tuple(
-            n
-            for n in ("clean_ptr", "dlse_ptr", "seqused_q", "seqused_k", "seqused")
-            if arguments.get(n) is not None
-        )
-        variant = Variant(config, given, of_rows)
-        assert options == options_of(variant)
-        for name, value in arguments.items():
-            assert spelled(value) == type_of(name, variant), f"{kernel.__name__}: {name}"
-        for parameter in kernel.params:
-            if isinstance(arguments[parameter.name], int):
-                assert parameter.do_not_specialize, f"{parameter.name} makes another kernel"
-
-
-def spelled(value) -> str:
-    """The type of an argument as Triton spells it."""
-    elements = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
-    if isinstance(value, torch.Tensor):
-        return f"*{elements[value.dtype]}"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    if isinstance(value, float):
-        return "fp32"
-    if hasattr(value, "block_shape"):
-        box = ", ".join(map(str, value.block_shape))
-        return f"tensordesc<{elements[value.base.dtype]}[{box}],{value.layout!r}>"
-    return "constexpr"
-
-
-@pytest.mark.parametrize("asked, how", CALLS, ids=IDS)
-def test_numbers_of_a_call(launched, asked, how):
-    """What kernels are told about the question, by name."""
-    spec = question(**{**dict(seqlen_q=200, batch=2, num_heads=8), **asked})
-    plan = BackwardPlan(spec)
-    lengths = (spec.total_q, spec.total_k) if spec.varlen else (spec.seqlen_q, spec.seqlen_k)
-    common = dict(batch=spec.batch, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads)
-    common |= dict(group_size=spec.group_size, seqlen_q=lengths[0], seqlen_k=lengths[1])
-    common |= dict(padded_rows=plan.padded_rows, delta_start=plan.stat_rows, row_blocks=plan.row_blocks)
-    for kernel, grid, arguments, _ in launched(spec, **how):
-        known = {name: common[name] for name in arguments if name in common}
-        assert {name: arguments[name] for name in known} == known, kernel.__name__
-        columns = {"prepare_rows": spec.head_dim_v, "finish_rows": spec.head_dim}.get(kernel.__name__, 0)
-        assert arguments.get("columns", 0) * 8 == columns
-        if kernel.__name__ == "clear_padding":
-            assert grid == (spec.batch + 1, CLEARERS, 1)
-            heads, dim = arguments["ptr"].shape[1:]
-            assert (arguments["total"], arguments["row_elements"]) == (len(arguments["ptr"]), heads * dim)
-        elif columns:
-            assert grid == plan.row_grid
-        else:
-            assert grid[0] >= 1 and grid[1:] == (1, 1)
-            assert (arguments["scale_log2"], arguments["inner_scale"]) == plan.scales
-            window = Window(arguments["window_left"], arguments["window_right"])
-            assert window == Window(
-                *(side if side >= 0 else 2**30 for side in dataclasses.astuple(spec.window))
-            )
-
-
-def test_copies_of_gradients_for_rows_that_see_nothing(launched):
-    """dO is cleaned where such rows may be, and then it is the copy that the other kernels read."""
-    for window, cleaned in ((CAUSAL, True), (FULL, False)):
-        spec = question(64, seqlen_q=300, seqlen_k=200, window=window)
-        prepare, by_keys, _finish = launched(spec)
-        clean, dout = prepare[2]["clean_ptr"], prepare[2]["dout_ptr"]
-        assert (clean is not None) is cleaned
-        assert by_keys[2]["do_desc"].base is (clean if cleaned else dout)
-
-
-def test_gradients_that_tma_cannot_read_are_copied():
-    """Expanded (as from sum().backward()), transposed, and misaligned; others stay where they are."""
-    x = torch.zeros(2, 30, 4, 64, dtype=torch.bfloat16)
-    assert launch_backward._readable(x) is x
-    rows = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert launch_backward._readable(rows) is rows
-    same = torch.zeros((), dtype=torch.bfloat16).expand(2, 30, 4, 64)
-    same_rows = torch.zeros(64, dtype=torch.bfloat16).expand(2, 30, 4, 64)
-    columns = torch.zeros(2, 30, 64, 4, dtype=torch.bfloat16).transpose(2, 3)
-    shifted = torch.zeros(x.numel() + 1, dtype=torch.bfloat16)[1:].view(x.shape)
-    odd = torch.zeros(2, 30, 4, 68, dtype=torch.bfloat16)[..., :64]
-    for y in (same, same_rows, columns, shifted, odd):
-        copy = launch_backward._readable(y)
-        assert copy is not y and copy.is_contiguous() and torch.equal(copy, y)

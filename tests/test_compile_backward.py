@@ -9,6 +9,8 @@ import functools
 import pytest
 from compile_matrix import INSTALLED, SUPPORTED, Compiled, cases
 
+from tandem_attn.device.gluon import copies_operands
+from tandem_attn.kernels.backward_rows import SUMMED_ROWS
 from tandem_attn.kernels.config import SHARED_MEMORY
 from tandem_attn.kernels.config_backward import BackwardConfig, QueryGradientConfig
 from tandem_attn.testing.compile_backward import (
@@ -28,58 +30,18 @@ MAX_SPILL_WITH_SOFTCAP = 128
 @functools.cache
 def variants_for(version: str) -> dict[str, Variant]:
     """What a Triton has to compile, by name: the installed one everything, the others distinct kernels."""
-    made = variants() if version == INSTALLED else distinct_variants()
+    chosen = variants if version == INSTALLED else distinct_variants
+    made = chosen(copies_operands(version))
     return {v.name: v for v in made}
 
 
-def cases_of(chosen, excused=lambda version, variant: "") -> list:
-    """Cases of the variants that `chosen` lets through; `excused` says what is wrong with one, if it is."""
-
-    def names_for(version: str) -> list[str]:
-        return [name for name, v in variants_for(version).items() if chosen(v)]
-
-    found = []
-    for case in cases(names_for):
-        reason = excused(case.values[0], variants_for(case.values[0])[case.values[1]])
-        known = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-        found.append(pytest.param(*case.values, id=case.id, marks=[*case.marks, *known]))
-    return found
+def cases_of(chosen) -> list:
+    """Cases of the variants that `chosen` lets through."""
+    return list(cases(lambda version: [name for name, v in variants_for(version).items() if chosen(v)]))
 
 
 def is_main(variant: Variant) -> bool:
     return not variant.of_rows
-
-
-# What is known to be wrong, and why: empty where nothing is.
-
-
-def why_refused(version: str, variant: Variant) -> str:
-    """Why a Triton does not compile a kernel."""
-    c = variant.config
-    if version == "3.8.0" and c.gradients == "v" and c.head_dim != c.head_dim_v:
-        return "kernels/backward.py: `_consumer` reinterprets K as a smaller tile, which 3.8 refuses"
-    return ""
-
-
-def why_warned(version: str, variant: Variant) -> str:
-    """Why ptxas has something to say."""
-    if variant.config.softcap and variant.config.gradients == "qkv":
-        return "with softcap P is masked after the exponentials, which lands between the wgmma: C7519"
-    return why_refused(version, variant)
-
-
-def why_repacked(version: str, variant: Variant) -> str:
-    """Why there is PRMT in a loop."""
-    if variant.config.softcap and variant.config.gradients == "v":
-        return "with softcap P is masked after the exponentials, and LLVM does that after rounding"
-    return why_refused(version, variant)
-
-
-def why_narrow(version: str, variant: Variant) -> str:
-    """Why rows are not accessed 16 bytes at a time."""
-    if variant.of_rows == "clear_padding":
-        return "`row_elements` is a multiple of 8, which the compiler does not know"
-    return ""
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +52,7 @@ def reports(request, tmp_path_factory):
     return lambda version, name: BackwardReport.from_json(compiled.report(version, name))
 
 
-@pytest.mark.parametrize("version, name", cases_of(is_main, why_warned))
+@pytest.mark.parametrize("version, name", cases_of(is_main))
 def test_compiles_within_the_limits(reports, version, name):
     made, config = reports(version, name), variants_for(version)[name].config
     assert not made.warnings
@@ -100,17 +62,16 @@ def test_compiles_within_the_limits(reports, version, name):
     for limit, used in made.register_use.items():
         assert used <= limit, "a warpgroup uses registers that it has given back"
     assert set(config.worker_registers) <= set(made.setmaxnreg), "registers are not handed over"
-    assert max(made.named_barriers) < 8, "Triton's barriers meet those of kernels/backward.py"
 
 
-@pytest.mark.parametrize("version, name", cases_of(is_main, why_refused))
+@pytest.mark.parametrize("version, name", cases_of(is_main))
 def test_what_other_proxies_read_is_fenced(reports, version, name):
     """Before TMA stores, and before others are told that wgmma or TMA may read what is written."""
     made = reports(version, name)
     assert (made.unfenced_stores, made.unfenced_arrivals) == (0, 0)
 
 
-@pytest.mark.parametrize("version, name", cases_of(is_main, why_repacked))
+@pytest.mark.parametrize("version, name", cases_of(is_main))
 def test_loops_hold_what_they_should(reports, version, name):
     """One per consumer and kind of block, and nothing in them that would slow every block down."""
     made, config = reports(version, name), variants_for(version)[name].config
@@ -129,7 +90,7 @@ def is_of_rows(variant: Variant) -> bool:
     return bool(variant.of_rows)
 
 
-@pytest.mark.parametrize("version, name", cases_of(is_of_rows, why_narrow))
+@pytest.mark.parametrize("version, name", cases_of(is_of_rows))
 def test_rows_are_read_and_written_16_bytes_at_a_time(reports, version, name):
     """Lengths and numbers of a row are single; columns of Q, dO, dQ and its accumulator come in vectors."""
     made, variant = reports(version, name), variants_for(version)[name]
@@ -140,6 +101,9 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(reports, version, name):
         loads, stores = 2 * vectors, vectors * ("clean_ptr" in variant.given)
     elif variant.of_rows == "finish_rows":
         loads, stores = (rows * config.head_dim // n // threads for n in (4, 8))
+    elif variant.of_rows == "sum_parts":
+        columns = SUMMED_ROWS.value * (config.head_dim + config.head_dim_v)
+        loads, stores = (columns // n // threads for n in (4, 8))
     else:
         loads, stores = 0, 1024 // 8 // threads
     assert (made.accesses.get("ld.v4.b32", 0), made.accesses.get("st.v4.b32", 0)) == (loads, stores)

@@ -93,6 +93,17 @@ def test_softmax_scale(device, scale, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_lse_does_not_drift(device, tokens):
+    """All scores of a row are equal, and large: see its namesake in test_forward.py."""
+    q = torch.linspace(-1500 / 128, 1500 / 128, tokens * 16, device=device).to(BF16)
+    k, v = torch.ones(1, 8192, 2, 128, device=device, dtype=BF16).expand(2, -1, -1, -1, -1).clone()
+    rows = q.view(1, tokens, 16, 1).expand(-1, -1, -1, 128).contiguous()
+    _, lse = flash_attn_with_kvcache(rows, k, v, softmax_scale=1.0, num_splits=1, return_softmax_lse=True)
+    expected = 128 * q.double().view(1, tokens, 16).transpose(1, 2) + math.log(8192)
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=4e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
 def test_rows_without_keys_are_zero(device, tokens):
     """Empty sequences, keys that are all padded, and more queries than keys."""
     case = cached(batch=4, seqlens=(0, 3, 64, 300), leftpad=(0, 0, 64, 7), tokens=tokens, causal=True)

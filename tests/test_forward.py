@@ -104,6 +104,21 @@ def test_rows_far_below_zero_see_no_padding(hopper, dims, mask):
     torch.testing.assert_close(lse.double().cpu(), expected, rtol=0, atol=4e-3)
 
 
+@pytest.mark.parametrize("dims", TILES, ids=str)
+def test_lse_does_not_drift(hopper, dims):
+    """All scores of a row are equal, and large: what every block of keys adds to the row sum is worth 1, not
+    1 and the rounding of maximum times scale, which 64 blocks would add up to 2e-3."""
+    case = dense((384, 8192), dims)
+    inputs = make(case, hopper)
+    level = torch.linspace(-1500, 1500, 384, device=hopper).div(dims[0]).to(case.dtype)
+    inputs.q.copy_(level[None, :, None, None].expand_as(inputs.q))
+    inputs.k.fill_(1.0)
+    inputs.kwargs["softmax_scale"] = 1.0
+    _, lse = answer(case, inputs)
+    expected = level.double() * dims[0] + math.log(8192)
+    torch.testing.assert_close(lse.double(), expected.expand_as(lse), rtol=0, atol=4e-4)
+
+
 # Exact answers: any wrong tile, lost fence or swapped row shows in some bit
 
 

@@ -18,7 +18,7 @@ from tandem_attn.device.gluon import (
     warpgroup_mma_wait,
 )
 from tandem_attn.device.precision import pack_probabilities, unpack_operand
-from tandem_attn.device.softmax import soft_capped, thread_sum
+from tandem_attn.device.softmax import offset_and_rescale, soft_capped, thread_sum
 from tandem_attn.device.turn import pass_turn, take_turn
 
 
@@ -106,9 +106,7 @@ def _softmax(s, max_before, rows, n0, scale_log2, inner_scale, config: gl.conste
         key = n0 + gl.arange(0, config.tile_n, gl.SliceLayout(0, config.s_layout))
         s = gl.where(rows.visible(r[:, None], key[None, :]), s, float("-inf"))
     row_max = gl.maximum(max_before, gl.max(s, 1))
-    offset = row_max * scale_log2
-    offset = gl.where(offset == float("-inf"), 0.0, offset)  # a row that has seen no key yet
-    alpha = gl.exp2(max_before * scale_log2 - offset)
+    offset, alpha = offset_and_rescale(max_before, row_max, scale_log2, True)
     return row_max, alpha, gl.exp2(s * scale_log2 - offset[:, None])
 
 

@@ -44,6 +44,11 @@ class DenseSequence:
         return self.batch * 0
 
     @gluon.jit
+    def row_of_all(self, m):
+        """Where row m of q lies in a contiguous tensor, int64."""
+        return self.batch.to(gl.int64) * self.seqlen_q + m
+
+    @gluon.jit
     def padded_row(self, b, head, num_heads, padded_rows):
         """Index of this head's first row where every sequence has whole blocks of PADDING rows: of
         padded_rows rows per head in all."""
@@ -77,6 +82,10 @@ class PackedSequence:
     @gluon.jit
     def first_row(self):
         return self.start_q
+
+    @gluon.jit
+    def row_of_all(self, m):
+        return (self.start_q + m).to(gl.int64)
 
     @gluon.jit
     def padded_row(self, b, head, num_heads, padded_rows):

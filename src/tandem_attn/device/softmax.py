@@ -20,6 +20,19 @@ def thread_sum(p):
 
 
 @gluon.jit
+def offset_and_rescale(old_max, new_max, scale_log2, may_be_empty: gl.constexpr):
+    """(offset, alpha): P is exp2(S * scale_log2 - offset), and what was summed up before is worth alpha.
+
+    alpha has the difference first: exp2(old_max * scale_log2 - offset) is one fma less, but where the maximum
+    stays it is not 1 but off by the rounding of the offset, in every block once more. `may_be_empty`: whether
+    a row may have seen no key yet; its maximum is -inf, its alpha 0.
+    """
+    if may_be_empty:
+        new_max = gl.where(new_max == float("-inf"), 0.0, new_max)
+    return new_max * scale_log2, gl.exp2((old_max - new_max) * scale_log2)
+
+
+@gluon.jit
 def log_sum_exp(row_max, row_sum, scale_log2):
     """Natural log-sum-exp of scaled scores; -inf for a row that saw no key.
 
@@ -94,6 +107,10 @@ def gradient_scale(scale_log2, inner_scale, softcap: gl.constexpr):
     return scale
 
 
+# Instead of -inf where scores are capped: its square is finite, its exponential 0 for any softcap over 1e-17.
+CAPPED_AWAY = gl.constexpr(-1.8e19)
+
+
 @gluon.jit
 def recomputed(problem, s, lse, mask, down, across, masked: gl.constexpr, apply: gl.constexpr):
     """(P, P times the slope of the softcap) from scores and lse, base 2, which has a dimension of size 1.
@@ -101,14 +118,13 @@ def recomputed(problem, s, lse, mask, down, across, masked: gl.constexpr, apply:
     The tile begins at positions (down, across); `apply`: apply_mask or apply_mask_transposed.
     """
     c: gl.constexpr = problem.config.static
+    hidden_score: gl.constexpr = CAPPED_AWAY.value if c.softcap else float("-inf")
     if c.softcap:
         s = soft_capped(s, problem.inner_scale)
-    elif masked:
-        s = apply(mask, s, down, across, float("-inf"))
+    if masked:
+        s = apply(mask, s, down, across, hidden_score)
     p = gl.exp2(s * problem.scale_log2 - lse)
     sloped = p
     if c.softcap:
-        if masked:  # not before: the slope of -inf is none
-            p = apply(mask, p, down, across, 0.0)
         sloped = p * (1.0 - s * s)
     return p, sloped

@@ -123,8 +123,10 @@ def _consumer(group: gl.constexpr, problem, shared, tile, stat_ptr, delta_start,
     dq = _blocks(problem, shared, group, tile, lse, delta, dq, whole, tile.left_edge, False)
     if c.Mask.has_left_edge:
         dq = _blocks(problem, shared, group, tile, lse, delta, dq, tile.left_edge, tile.count, True)
+    seen = gl.convert_layout(lse, gl.SliceLayout(1, c.dq_accumulator), assert_trivial=True) < float("inf")
+    dq = gl.where(gl.expand_dims(seen, 1), dq * problem.scale, 0.0)  # else P is 0, dO may be NaN
     smem = shared.q.index(group)
-    smem.store((dq * problem.scale).to(c.dtype))
+    smem.store(dq.to(c.dtype))
     fence_async_shared()
     coords = tile.sequence.coords("q", tile.head, tile.m_start + 64 * group, 0)
     tma_store(dq_desc, coords, smem.reshape(dq_desc.block_type.shape))
@@ -188,3 +190,5 @@ def query_gradient(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_ptr, cu_seqlen
             (_consumer, (1, problem, shared, tile, stat_ptr, delta_start, dq_desc)),
             (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc)),
         ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gdc_wait()  # so that the end of this kernel tells that the one before has ended

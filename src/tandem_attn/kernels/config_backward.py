@@ -8,12 +8,13 @@ accumulators of dK and dV do not fit in registers together.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 
 import torch
 
 from tandem_attn.device.accumulate import WRITTEN
-from tandem_attn.device.gluon import gl
+from tandem_attn.device.gluon import COPIES_OPERANDS, gl
 from tandem_attn.device.schedule import DenseTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import (
@@ -68,11 +69,13 @@ class BackwardConfig(GradientConfig):
     Schedule: type
     softcap: bool = False
     ordered: bool = False  # tiles of keys add to dQ one after the other: repeatable
+    partial: bool = False  # a program does a part of a KV head's query heads, dK and dV are added up later
     gradients: str = "qkv"  # or "k", or "v"
     tile_m: int = 64  # query rows of a block
     q_stages: int = 2
     do_stages: int = 2
     ds_stages: int = 3
+    first_apart: bool = False  # the first block has its own code, without the dQ of a block before it
     packed_ds: bool = False  # dS from rounded P by a 16-bit product: fewer registers, two more roundings
 
     def check_own_fields(self) -> None:
@@ -80,14 +83,15 @@ class BackwardConfig(GradientConfig):
             raise ValueError(f"gradients={self.gradients!r}: qkv, k or v")
         if self.tile_m not in (64, 128):
             raise ValueError(f"tile_m={self.tile_m}: 64 or 128")
-        if (
-            self.with_q
-            and self.tile_m * self.head_dim != 64 * 128
-            and self.tile_m * self.head_dim != 64 * 256
-        ):
-            raise ValueError(
-                f"tile_m={self.tile_m}, head_dim={self.head_dim}: no split of dQ between consumers"
-            )
+        if self.first_apart and not self.with_q:
+            raise ValueError("first_apart: nothing is saved where no dQ is made")
+        if not self.with_q:
+            return
+        if self.tile_m * self.head_dim != 64 * 128 or self.head_dim != self.head_dim_v:
+            rows, dims = f"tile_m={self.tile_m}", f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}"
+            raise ValueError(f"{rows}, {dims}: no split of dQ between consumers")
+        if (self.q_stages, self.do_stages, self.ds_stages) != (2, 2, 3):
+            raise ValueError("with dQ there are 2 stages of Q and dO and 3 of dS: with fewer, consumers race")
 
     @property
     def with_q(self) -> bool:
@@ -103,6 +107,11 @@ class BackwardConfig(GradientConfig):
     def with_v(self) -> bool:
         """Whether dV is made."""
         return "v" in self.gradients
+
+    @property
+    def first_put(self) -> int:
+        """Number of the dS of block 0 among all; where block 0 is like others, zeros come before it."""
+        return 0 if self.first_apart else 1
 
     @property
     def joint(self) -> bool:
@@ -243,6 +252,11 @@ class QueryGradientConfig(GradientConfig):
         )
 
 
+MULTIPROCESSORS = 132  # of an H100 or H200
+_ROWS_OF_A_PROGRAM = 256  # beginning and end of a program take as long as this many rows
+_ROWS_OF_A_LAUNCH = 200
+_ROWS_PER_BYTE = 29 / 4e6
+
 _NARROW = {
     64: dict(tile_m=128, packed_ds=True),
     128: dict(tile_m=64),
@@ -250,9 +264,44 @@ _NARROW = {
 _WIDE = (dict(gradients="k", do_stages=1), dict(gradients="v"))
 
 
-def backward_configs(spec: AttentionSpec) -> tuple[tuple[BackwardConfig, ...], QueryGradientConfig | None]:
+def parts_of_group(spec: AttentionSpec) -> int:
+    """In how many parts the query heads of a KV head are taken, each by programs of its own.
+
+    One is best where there are programs enough: dK and dV are then summed up in registers. With few KV heads
+    multiprocessors are idle, or wait for the longest tiles at the end; and where tiles of keys add to dQ in
+    order, those start last. The estimate is in rows that a program passes, 29 per microsecond (H200, head_dim
+    128, 2026-11-25).
+    """
+    rows, keys = spec.total_q / spec.batch, spec.total_k / spec.batch
+    tiles = math.ceil(keys / (NUM_CONSUMERS * KEYS)) * spec.batch * spec.num_kv_heads
+    left, right = (rows if side < 0 else side for side in (spec.window.left, spec.window.right))
+    longest = min(rows, left + right + NUM_CONSUMERS * KEYS)
+    mean = longest / 2 if (spec.window.left < 0) != (spec.window.right < 0) else longest
+
+    def estimate(parts: int) -> float:
+        heads = spec.group_size // parts
+        own, last = heads * mean + _ROWS_OF_A_PROGRAM, heads * longest + _ROWS_OF_A_PROGRAM
+        if mean < longest:
+            evenly = tiles * parts * own / MULTIPROCESSORS
+            time = evenly + last if spec.deterministic else max(evenly, last)  # the longest last, or first
+        else:
+            time = math.ceil(tiles * parts / MULTIPROCESSORS) * own
+        if parts > 1:  # float32 written and read
+            sums = 8 * keys * spec.batch * spec.num_kv_heads * parts * (spec.head_dim + spec.head_dim_v)
+            time += _ROWS_OF_A_LAUNCH + sums * _ROWS_PER_BYTE
+        return time
+
+    return min((n for n in range(1, spec.group_size + 1) if spec.group_size % n == 0), key=estimate)
+
+
+def backward_configs(
+    spec: AttentionSpec, copies_operands: bool = COPIES_OPERANDS
+) -> tuple[tuple[BackwardConfig, ...], QueryGradientConfig | None]:
     """The compile-time configurations for a question that the gluon backend accepts: of the launches that go
-    by keys, and of the one that goes by queries if there is one."""
+    by keys, and of the one that goes by queries if there is one.
+
+    `copies_operands`: of the Triton that compiles it, see device/gluon.py.
+    """
     mask = without_edges(mask_of(spec), spec, NUM_CONSUMERS * KEYS)
     head_dim, head_dim_v = tile_width(spec.head_dim), tile_width(spec.head_dim_v)
     wide = max(head_dim, head_dim_v)
@@ -269,8 +318,13 @@ def backward_configs(spec: AttentionSpec) -> tuple[tuple[BackwardConfig, ...], Q
         Schedule=VarlenTiles if spec.varlen else DenseTiles,
         softcap=spec.softcap > 0.0,
     )
+    partial = parts_of_group(spec) > 1
     # beyond so many tiles of keys, numbers drawn from an accumulator's counter would overflow
     ordered = spec.deterministic or spec.seqlen_k >= MAX_UNORDERED_KEYS
     if wide > 128:
-        return tuple(BackwardConfig(**shared, **choice) for choice in _WIDE), QueryGradientConfig(**shared)
-    return (BackwardConfig(**shared, **_NARROW[wide], ordered=ordered),), None
+        by_keys = (BackwardConfig(**shared, **choice, partial=partial) for choice in _WIDE)
+        return tuple(by_keys), QueryGradientConfig(**shared)
+    # worth 3% at 512 tokens; with two copies of operands, or three loops, registers do not suffice for it
+    first_apart = not copies_operands and not mask.has_left_edge.value
+    flags = dict(ordered=ordered, partial=partial, first_apart=first_apart)
+    return (BackwardConfig(**shared, **_NARROW[wide], **flags),), None

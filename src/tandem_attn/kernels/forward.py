@@ -1,5 +1,4 @@
-"""FlashAttention-3 forward for sm_90a: one producer warp, two or three consumer warpgroups (arXiv 2407.08608,
-alg. 2).
+"""FlashAttention-3 forward for sm_90a: one producer warp, two or three consumers (arXiv 2407.08608, alg. 2).
 
 One program per multiprocessor walks a list of tiles; a tile is 64 query rows per consumer of one head.
 
@@ -34,7 +33,15 @@ from tandem_attn.device.mask import apply_mask
 from tandem_attn.device.precision import pack_probabilities, unpack_operand
 from tandem_attn.device.ring import Ring, first_fill, load_tile, make_barriers, make_ring
 from tandem_attn.device.schedule import Rows, close_numbers, request_number, requested_number
-from tandem_attn.device.softmax import LAZY_STEP, log_sum_exp, pinned, rescaled, soft_capped, thread_sum
+from tandem_attn.device.softmax import (
+    LAZY_STEP,
+    log_sum_exp,
+    offset_and_rescale,
+    pinned,
+    rescaled,
+    soft_capped,
+    thread_sum,
+)
 from tandem_attn.device.turn import pass_turn, take_turn
 
 
@@ -171,10 +178,7 @@ def _step(problem, shared, group: gl.constexpr, tile, q, state, i, before, use_a
     row_max = gl.maximum(state.row_max, gl.max(s, 1))
     if c.lazy_rescale and kind != "first":
         row_max = gl.where(row_max > state.row_max + problem.lazy_step, row_max, state.row_max)
-    offset = row_max * problem.scale_log2
-    if masked:
-        offset = gl.where(offset == float("-inf"), 0.0, offset)  # a row that has seen no key yet
-    alpha = gl.exp2(state.row_max * problem.scale_log2 - offset)
+    offset, alpha = offset_and_rescale(state.row_max, row_max, problem.scale_log2, masked)
     alpha = pinned(alpha) if c.rescale_first else alpha
     factor = gl.where(opens, 1.0, alpha) if kind == "either" else alpha
     if c.rescale_first:
@@ -240,8 +244,7 @@ def _first_block(problem, shared, group: gl.constexpr, tile, q, state, first, pr
     `has_previous`, not previous.blocks > 0: that reorders loops, 2% less at 128 causal and 256 full (H200).
     """
     c: gl.constexpr = problem.config.static
-    row_max = gl.full_like(state.row_max, float("-inf"))
-    fresh = State(state.o, state.p, row_max, gl.zeros_like(state.row_sum))
+    fresh = State(state.o, state.p, gl.full_like(state.row_max, float("-inf")), gl.zeros_like(state.row_sum))
     after = _step(problem, shared, group, tile, q, fresh, first, tile.it - 1, previous.blocks > 1,
                   c.Mask.masks, "first")  # fmt: skip
     if has_previous:
@@ -273,8 +276,7 @@ def _first_blocks(problem, shared, group: gl.constexpr, tile, q, state, first, e
 
 @gluon.jit
 def _skipped_blocks(problem, shared, group: gl.constexpr, mask, it, n_blocks, n_end, m_start):
-    """Hand back unread the blocks at the diagonal that none of this consumer's rows may see; how many they
-    are.
+    """Hand back unread the blocks at the diagonal that no row of this consumer may see; how many they are.
 
     Each is waited for all the same: a phase must not be lapped.
     """
@@ -359,9 +361,8 @@ def _producer(problem, shared, sequences, schedule, counter, q_desc, k_desc, v_d
     while found:
         sequence = sequences.sequence(row)
         m_start = m_block * c.tile_rows
-        n_end, n_blocks, right_edge, left_edge = problem.mask(sequence).key_blocks(
-            m_start, m_start + c.tile_rows, c.tile_n
-        )
+        mask = problem.mask(sequence)
+        n_end, n_blocks, right_edge, left_edge = mask.key_blocks(m_start, m_start + c.tile_rows, c.tile_n)
         kv_head = divided(head, problem.group_size_magic)
         begin_k = 0
         if c.k_before_q:
@@ -416,7 +417,6 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
         first = 0
         if c.skip:
             first = _skipped_blocks(problem, shared, group, mask, it, n_blocks, n_end, m_start)
-
         of = Tile(sequence.seqlen_q, sequence.seqlen_k, m_start, n_end, it)
         second = first + 1
         if c.opens_in_loop:

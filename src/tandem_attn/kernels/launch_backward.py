@@ -17,8 +17,20 @@ from tandem_attn.device.division import division_magic
 from tandem_attn.device.sequence import PADDING
 from tandem_attn.kernels.backward import attention_backward
 from tandem_attn.kernels.backward_queries import query_gradient
-from tandem_attn.kernels.backward_rows import clear_padding, finish_rows, prepare_rows
-from tandem_attn.kernels.config_backward import KEYS, BackwardConfig, QueryGradientConfig, backward_configs
+from tandem_attn.kernels.backward_rows import (
+    SUMMED_ROWS,
+    clear_padding,
+    finish_rows,
+    prepare_rows,
+    sum_parts,
+)
+from tandem_attn.kernels.config_backward import (
+    KEYS,
+    BackwardConfig,
+    QueryGradientConfig,
+    backward_configs,
+    parts_of_group,
+)
 from tandem_attn.kernels.launch import descriptor_geometry, tile_box, tiles_bound
 from tandem_attn.kernels.launcher import KernelLauncher, encoded, tensor_descriptor
 from tandem_attn.kernels.question import score_scales, window_numbers
@@ -26,6 +38,9 @@ from tandem_attn.spec import AttentionSpec
 
 ROWS_TOGETHER = 16  # heads whose tiles of keys are taken together, the longest first
 ORDERED_TILES = 256  # at most so many tiles together where they wait for each other: two per program
+ORDERED_WINDOW_TILES = (
+    1024  # ... and where few tiles see a row: a long queue for each costs more than L2 gains
+)
 CLEARERS = 16  # programs per gap between sequences
 CHUNK = accumulate.CHUNK.value
 
@@ -44,16 +59,17 @@ def backward_boxes(config: BackwardConfig | QueryGradientConfig) -> dict[str, tu
             "do_desc": box(64, config.head_dim_v),
             "dq_desc": box(64, config.head_dim),
         }
-    return {
+    boxes = {
         "q_desc": box(config.tile_m, config.head_dim),
         "k_desc": box(KEYS, config.head_dim),
         "v_desc": box(KEYS, config.head_dim_v),
         "do_desc": box(config.tile_m, config.head_dim_v),
-        "dk_desc": box(KEYS, config.head_dim),
-        "dv_desc": box(KEYS, config.head_dim_v),
         "dq_desc": ([128, 32], config.dq_layout, "fp32"),
         "stat_desc": ([config.tile_m], config.stat_layout, "fp32"),
     }
+    if not config.partial:
+        boxes |= {"dk_out": box(KEYS, config.head_dim), "dv_out": box(KEYS, config.head_dim_v)}
+    return boxes
 
 
 def _padded(rows: int) -> int:
@@ -80,6 +96,7 @@ class Workspace(NamedTuple):
     statistics: torch.Tensor  # float32: lse in base 2, then delta, of padded rows
     accumulator: torch.Tensor | None  # float32, (..., 32): dQ in chunks
     counters: torch.Tensor | None  # int32: of contributions to each chunk
+    parts: tuple[torch.Tensor, ...] = ()  # float32: dK and dV by parts of the query heads of each KV head
 
 
 class BackwardPlan:
@@ -88,6 +105,7 @@ class BackwardPlan:
     def __init__(self, spec: AttentionSpec):
         self.spec = spec
         self.by_keys, self.by_queries = backward_configs(spec)
+        self.parts = parts_of_group(spec) if self.by_keys[0].partial else 1
         self.device_index = spec.device.index or 0
         if spec.varlen:
             self.padded_rows = _padded(spec.total_q) + PADDING.value * spec.batch
@@ -109,7 +127,14 @@ class BackwardPlan:
     @property
     def workspace_bytes(self) -> int:
         """Extra memory of a call, besides the gradients."""
-        return 4 * (2 * self.stat_rows + self.chunks * (CHUNK**2 + 1))
+        of_parts = sum(map(math.prod, self._shapes_of_parts()))
+        return 4 * (2 * self.stat_rows + self.chunks * (CHUNK**2 + 1) + of_parts)
+
+    def _shapes_of_parts(self) -> list[tuple[int, ...]]:
+        """(keys of KV heads, parts, columns) of dK and dV where they are added up later."""
+        config, rows = self.by_keys[0], self.spec.total_k * self.spec.num_kv_heads
+        widths = (config.head_dim, config.head_dim_v) if config.partial else ()
+        return [(rows, self.parts, width) for width in widths]
 
     def __call__(self, dout, dlse, q, k, v, out, lse, *lengths):
         """(dq, dk, dv), contiguous. Enqueues on the current stream of q's device; never waits."""
@@ -130,7 +155,9 @@ class BackwardPlan:
         self._prepare_rows(stream, out, dout, clean, lse, dlse, space, pointers)
         dout = dout if clean is None else clean
         for config in self.by_keys:
-            self._launch_by_keys(config, stream, (q, k, v, dout, dk, dv), space, pointers)
+            self._launch_by_keys(config, stream, (q, k, v, dout), (dk, dv), space, pointers)
+        if self.parts > 1:
+            self._sum_parts(stream, space, dk, dv)
         if self.by_queries is None:
             self._finish_rows(stream, space.accumulator, dq, pointers)
         else:
@@ -142,10 +169,12 @@ class BackwardPlan:
     def _workspace(self) -> Workspace:
         device = self.spec.device
         statistics = torch.empty(2 * self.stat_rows, dtype=torch.float32, device=device)
+        parts = tuple(torch.empty(x, dtype=torch.float32, device=device) for x in self._shapes_of_parts())
         if not self.chunks:
-            return Workspace(statistics, None, None)
+            return Workspace(statistics, None, None, parts)
         accumulator = torch.empty((self.chunks * CHUNK**2 // 32, 32), dtype=torch.float32, device=device)
-        return Workspace(statistics, accumulator, torch.empty(self.chunks, dtype=torch.int32, device=device))
+        counters = torch.empty(self.chunks, dtype=torch.int32, device=device)
+        return Workspace(statistics, accumulator, counters, parts)
 
     def _launch(
         self, key: tuple, kernel, grid, stream, tensors: tuple, rest: tuple, maps=None, **options
@@ -195,15 +224,16 @@ class BackwardPlan:
         grid = (self.spec.batch + 1, CLEARERS, 1)
         for side, x in zip("qkk", grads, strict=True):
             tensors = (x, cu_seqlens_q, seqused_q) if side == "q" else (x, cu_seqlens_k, seqused_k)
-            rest = (self.spec.batch, x.shape[0], math.prod(x.shape[1:]))
+            rest = (self.spec.batch, x.shape[0], math.prod(x.shape[1:]) // 8)
             self._launch(("clear", side), clear_padding, grid, stream, tensors, rest)
 
     def _numbers_by_keys(self) -> tuple[int, tuple]:
         """(programs, scalar arguments) of a launch by keys."""
         spec, tile_n = self.spec, self.by_keys[0].tile_n
-        programs, places, magics = self._tiles(spec.num_kv_heads, spec.seqlen_k, spec.total_k, tile_n)
+        num_parts = spec.num_kv_heads * self.parts
+        programs, places, magics = self._tiles(num_parts, spec.seqlen_k, spec.total_k, tile_n)
         lengths = (*self.lengths, *window_numbers(spec.window))
-        question = (spec.batch, spec.num_kv_heads, spec.group_size, *lengths)
+        question = (spec.batch, num_parts, self.parts, spec.group_size // self.parts, *lengths)
         return programs, (*question, self.padded_rows, self.stat_rows, places, *magics, *self.scales)
 
     def _numbers_by_queries(self) -> tuple[int, tuple]:
@@ -215,11 +245,11 @@ class BackwardPlan:
         return programs, (*question, self.padded_rows, self.stat_rows, places, *magics, *self.scales)
 
     def _launch_by_keys(
-        self, config: BackwardConfig, stream, operands: tuple, space: Workspace, pointers
+        self, config: BackwardConfig, stream, operands: tuple, grads: tuple, space: Workspace, pointers
     ) -> None:
         accumulator = space.statistics.view(-1, 32) if space.accumulator is None else space.accumulator
-        described = (*operands, accumulator, space.statistics)
-        tensors, rest = (space.counters, *pointers), (*self.numbers_by_keys, config)
+        described = (*operands, accumulator, space.statistics, *(() if space.parts else grads))
+        tensors, rest = (*space.parts, space.counters, *pointers), (*self.numbers_by_keys, config)
         key = ("keys", config.gradients, operands[3].stride())
         maps = (described, lambda: self._descriptors(config, described))
         options = dict(maxnreg=config.maxnreg, launch_pdl=True)
@@ -235,6 +265,13 @@ class BackwardPlan:
         grid = (self.programs_by_queries, 1, 1)
         self._launch(key, query_gradient, grid, stream, tensors, rest, maps, **options)
 
+    def _sum_parts(self, stream, space: Workspace, dk, dv) -> None:
+        rows = self.spec.total_k * self.spec.num_kv_heads
+        tensors = (*space.parts, dk, dv)
+        rest = (rows, self.parts, self.spec.head_dim // 8, self.spec.head_dim_v // 8, self.by_keys[0])
+        grid = (-(-rows // SUMMED_ROWS.value), 1, 1)
+        self._launch(("sum",), sum_parts, grid, stream, tensors, rest, launch_pdl=True)
+
     def _tiles(self, heads: int, longest: int, total: int, size: int) -> tuple[int, int, list[int]]:
         """(programs, heads taken together, what Rows divides by) for tiles of `size` rows or keys."""
         spec = self.spec
@@ -242,7 +279,8 @@ class BackwardPlan:
         blocks = -(-longest // size)
         together = min(ROWS_TOGETHER, rows)
         if self.by_keys[0].ordered:
-            together = max(1, min(together, ORDERED_TILES // blocks))
+            tiles = ORDERED_WINDOW_TILES if self.by_keys[0].Mask.has_left_edge.value else ORDERED_TILES
+            together = max(1, min(together, tiles // blocks))
         divisors = (heads, together, rows % together or together, together * blocks)
         programs = tiles_bound(spec, heads, longest, total, size)
         return programs, together, [division_magic(d) for d in divisors]

@@ -6,10 +6,13 @@ Found by asking `backward_configs`, not by reading its table.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 
+from tandem_attn.device.gluon import COPIES_OPERANDS
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config_backward import BackwardConfig, QueryGradientConfig, backward_configs
@@ -44,46 +47,61 @@ class Variant:
 
 
 def configs(
-    dtype: torch.dtype = torch.bfloat16, softcap: float = 0.0, deterministic: bool = False
+    dtype: torch.dtype = torch.bfloat16,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_kv_heads: int | None = None,
+    copies_operands: bool = COPIES_OPERANDS,
 ) -> list[BackwardConfig | QueryGradientConfig]:
     """All configurations for one element type, each once, always in the same order."""
     found: dict[BackwardConfig | QueryGradientConfig, None] = {}
     for dims, window, varlen, length in itertools.product(
         HEAD_SHAPES, WINDOWS.values(), (False, True), LENGTHS
     ):
-        spec = question(*dims, length, window=window, varlen=varlen, dtype=dtype, softcap=softcap)
-        by_keys, by_queries = backward_configs(dataclasses.replace(spec, deterministic=deterministic))
+        asked = dict(window=window, varlen=varlen, dtype=dtype, softcap=softcap, num_kv_heads=num_kv_heads)
+        spec = question(*dims, length, **asked)
+        spec = dataclasses.replace(spec, deterministic=deterministic)
+        by_keys, by_queries = backward_configs(spec, copies_operands)
         found |= dict.fromkeys((*by_keys, *([by_queries] if by_queries else [])))
     return list(found)
 
 
-def variants() -> list[Variant]:
-    """What the tests compile: everything in bf16; what is made in order, fp16, softcap and used lengths where
-    they could differ.
+def variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
+    """What the tests compile: everything in bf16; what is made in order or in parts, fp16, softcap and used
+    lengths where they could differ.
 
     fp16 changes three instructions (the rounding, the product of dS, the type of wgmma), softcap what happens
     to scores before any mask: one mask of the usual head shapes, and another of 128. Used lengths change two
     loads of a sequence.
     """
-    shipped = [Variant(c) for c in configs() if _shape(c) != RARE or _kind(c) in FEW_KINDS]
-    ordered = [c for c in configs(deterministic=True) if isinstance(c, BackwardConfig) and c.ordered]
+    made = functools.partial(configs, copies_operands=copies_operands)
+    shipped = [Variant(c) for c in made() if _shape(c) != RARE or _kind(c) in FEW_KINDS]
+    ordered = [c for c in made(deterministic=True) if isinstance(c, BackwardConfig) and c.ordered]
     shipped += [Variant(c) for c in ordered if _kind(c) in ORDERED_KINDS]
-    for c in configs(torch.float16) + configs(softcap=30.0):
+    for c in made(num_kv_heads=1) + made(deterministic=True, num_kv_heads=1):
+        kinds = FEW_KINDS[:1] if getattr(c, "ordered", False) else FEW_KINDS
+        if getattr(c, "partial", False) and _kind(c) in kinds and _shape(c) != RARE:
+            shipped.append(Variant(c))
+    shipped = list(dict.fromkeys(shipped))
+    for c in made(torch.float16) + made(softcap=30.0):
         extra = (NoMask, Dense) if c.element == "fp16" else (WindowMask, Varlen)
         wide = (256, 128) if c.element == "fp16" else (256, 256)
         usual = _kind(c) == (CausalMask, Dense) and (_shape(c) == wide or c.gradients == "qkv")
         if usual or (_kind(c) == extra and _shape(c) == (128, 128)):
             shipped.append(Variant(c))
-    packed = [c for c in configs() if _kind(c) == (CausalMask, Varlen)]
+    packed = [c for c in made() if _kind(c) == (CausalMask, Varlen)]
     shipped += [
         Variant(c, USED) for c in packed if c.gradients != "v" and _shape(c) in ((128, 128), (256, 128))
     ]
-    return shipped + variants_of_rows()
+    return shipped + variants_of_rows(made)
 
 
-def variants_of_rows() -> list[Variant]:
-    """The kernels before and after: by widths of rows, with and without what may be given."""
-    by_keys = [c for c in configs() if c.gradients in ("qkv", "k")]
+def variants_of_rows(made: Callable[..., list]) -> list[Variant]:
+    """The kernels before and after: by widths of rows, with and without what may be given.
+
+    `made`: `configs`, for some Triton.
+    """
+    by_keys = [c for c in made() if c.gradients in ("qkv", "k")]
     dense = [c for c in by_keys if _kind(c) == (CausalMask, Dense)]
     packed = [c for c in by_keys if _kind(c) == (CausalMask, Varlen)]
     given = ("clean_ptr", "dlse_ptr", *USED)
@@ -91,13 +109,15 @@ def variants_of_rows() -> list[Variant]:
     shipped += [Variant(c, given, "prepare_rows") for c in packed]
     shipped += [Variant(c, (), "finish_rows") for c in dense if c.with_q]
     shipped += [Variant(c, USED, "finish_rows") for c in packed if c.with_q]
+    few = [c for c in made(num_kv_heads=1) if c.gradients in ("qkv", "k") and c.partial]
+    shipped += [Variant(c, (), "sum_parts") for c in few if _kind(c) == (CausalMask, Dense)]
     return shipped + [Variant(packed[0], used, "clear_padding") for used in ((), ("seqused",))]
 
 
-def distinct_variants() -> list[Variant]:
+def distinct_variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
     """For a quicker look: bf16, one mask of each head shape, another of the usual ones, one in order."""
     shipped = []
-    for v in variants():
+    for v in variants(copies_operands):
         usual = v.config.element == "bf16" and not v.config.softcap and _shape(v.config) != RARE
         if v.of_rows:
             chosen = _shape(v.config) in ((128, 128), (256, 256)) or v.of_rows == "clear_padding"
