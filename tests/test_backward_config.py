@@ -292,6 +292,7 @@ def test_parts_divide_a_group(heads, seqlen, batch, window, deterministic):
     by_keys = 12 * MULTIPROCESSORS * 128 * spec.group_size
     if not deterministic and seqlen * batch * heads[1] > by_keys:
         assert parts == 1, "programs enough"
+    assert parts == 1 or parts * 4 * seqlen * batch * heads[1] * 256 <= 2**31, "memory"
 
 
 def test_parts_where_programs_are_few():

@@ -253,6 +253,7 @@ class QueryGradientConfig(GradientConfig):
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200
+MAX_PARTS_BYTES = 2**31  # of dK and dV by parts
 _ROWS_OF_A_PROGRAM = 256  # beginning and end of a program take as long as this many rows
 _ROWS_OF_A_LAUNCH = 200
 _ROWS_PER_BYTE = 29 / 4e6
@@ -264,6 +265,14 @@ _NARROW = {
 _WIDE = (dict(gradients="k", do_stages=1), dict(gradients="v"))
 
 
+def _ordered(spec: AttentionSpec) -> bool:
+    """Whether tiles of keys add to dQ one after the other."""
+    if max(spec.head_dim, spec.head_dim_v) > 128:  # nothing is added
+        return False
+    # beyond so many tiles of keys, numbers drawn from an accumulator's counter would overflow
+    return spec.deterministic or spec.seqlen_k >= MAX_UNORDERED_KEYS
+
+
 def parts_of_group(spec: AttentionSpec) -> int:
     """In how many parts the query heads of a KV head are taken, each by programs of its own.
 
@@ -272,26 +281,28 @@ def parts_of_group(spec: AttentionSpec) -> int:
     order, those start last. The estimate is in rows that a program passes, 29 per microsecond (H200, head_dim
     128, 2026-11-25).
     """
-    rows, keys = spec.total_q / spec.batch, spec.total_k / spec.batch
-    tiles = math.ceil(keys / (NUM_CONSUMERS * KEYS)) * spec.batch * spec.num_kv_heads
+    batch = max(spec.batch, 1)
+    rows, keys = spec.total_q / batch, spec.total_k / batch
+    tiles = math.ceil(keys / (NUM_CONSUMERS * KEYS)) * batch * spec.num_kv_heads
     left, right = (rows if side < 0 else side for side in (spec.window.left, spec.window.right))
     longest = min(rows, left + right + NUM_CONSUMERS * KEYS)
     mean = longest / 2 if (spec.window.left < 0) != (spec.window.right < 0) else longest
+    part_bytes = 4 * spec.total_k * spec.num_kv_heads * (spec.head_dim + spec.head_dim_v)
 
     def estimate(parts: int) -> float:
         heads = spec.group_size // parts
         own, last = heads * mean + _ROWS_OF_A_PROGRAM, heads * longest + _ROWS_OF_A_PROGRAM
         if mean < longest:
             evenly = tiles * parts * own / MULTIPROCESSORS
-            time = evenly + last if spec.deterministic else max(evenly, last)  # the longest last, or first
+            time = evenly + last if _ordered(spec) else max(evenly, last)  # the longest last, or first
         else:
             time = math.ceil(tiles * parts / MULTIPROCESSORS) * own
-        if parts > 1:  # float32 written and read
-            sums = 8 * keys * spec.batch * spec.num_kv_heads * parts * (spec.head_dim + spec.head_dim_v)
-            time += _ROWS_OF_A_LAUNCH + sums * _ROWS_PER_BYTE
+        if parts > 1:  # written and read
+            time += _ROWS_OF_A_LAUNCH + 2 * parts * part_bytes * _ROWS_PER_BYTE
         return time
 
-    return min((n for n in range(1, spec.group_size + 1) if spec.group_size % n == 0), key=estimate)
+    even = (n for n in range(1, spec.group_size + 1) if spec.group_size % n == 0)
+    return min((n for n in even if n == 1 or n * part_bytes <= MAX_PARTS_BYTES), key=estimate)
 
 
 def backward_configs(
@@ -319,12 +330,10 @@ def backward_configs(
         softcap=spec.softcap > 0.0,
     )
     partial = parts_of_group(spec) > 1
-    # beyond so many tiles of keys, numbers drawn from an accumulator's counter would overflow
-    ordered = spec.deterministic or spec.seqlen_k >= MAX_UNORDERED_KEYS
     if wide > 128:
         by_keys = (BackwardConfig(**shared, **choice, partial=partial) for choice in _WIDE)
         return tuple(by_keys), QueryGradientConfig(**shared)
     # worth 3% at 512 tokens; with two copies of operands, or three loops, registers do not suffice for it
     first_apart = not copies_operands and not mask.has_left_edge.value
-    flags = dict(ordered=ordered, partial=partial, first_apart=first_apart)
+    flags = dict(ordered=_ordered(spec), partial=partial, first_apart=first_apart)
     return (BackwardConfig(**shared, **_NARROW[wide], **flags),), None
