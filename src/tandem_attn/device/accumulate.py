@@ -7,12 +7,16 @@ so that neither shared memory nor atomics see a conflict. `kernels/backward_rows
 Whoever comes first to a chunk writes it and all others add, so nothing has to be zero before. A counter per
 chunk, zero at the start, says what has happened to it:
 
-unordered  everyone draws a number from it, and only the one with number 0, when its write is complete, adds
-           WRITTEN; others wait for that, which they seldom have to
+unordered  whoever sees WRITTEN in it adds; others draw a number from it, and only the one with number 0, when
+           its write is complete, adds WRITTEN; the others wait for that, which they seldom have to
 ordered    tiles of keys add one after the other, the last keys first, so that sums are repeatable to the bit:
            it counts complete contributions, and everyone waits for those before it
 
-A program waits only for programs that were launched before it.
+Nobody waits in a circle. In order, a program waits only for programs that were launched before it. Else all
+wait for one who has number 0, and it has what it is about to write: it waits for nothing but memory. (Numbers
+once were drawn before the consumer had put its part. A consumer cannot get further ahead of the other than dS
+has buffers, so two programs that begin with different blocks could each hold number 0 of what the other's
+consumers needed: found by testing/emulator_backward.py.)
 """
 
 from tandem_attn.device.gluon import (
@@ -84,6 +88,20 @@ def _draw(counter):
 
 
 @gluon.jit
+def _look_at(counter):
+    """The counter; what its last adder released is visible."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 v; mov.b32 v, 0; elect.sync _|p, 0xffffffff;"
+        " @p ld.acquire.gpu.global.b32 v, [$1]; redux.sync.or.b32 $0, v, 0xffffffff; }",
+        "=r,l",
+        [counter.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _add_when_complete(counter, value):
     """Add to the counter when all TMA stores of this warp are complete in memory."""
     gl.inline_asm_elementwise(
@@ -124,8 +142,8 @@ class Adds:
         """Adding warp: add put `number` to the accumulator. `before`: the chunk that is to be counted once it
         is complete, negative for none; returns the next such.
 
-        Whatever takes its time in memory (drawing a number, a turn, completion) comes before the wait for the
-        consumer, who then waits for nothing but the read of its buffer.
+        Whatever takes its time in memory (a look at the counter, a turn, completion) comes before the wait
+        for the consumer, who then waits for little but the read of its buffer.
         """
         coords = [place.chunk * 128, 0]
         buffer = self.smem.index(group)
@@ -134,12 +152,14 @@ class Adds:
         if self.ordered:
             _wait_until_at_least(counter, rank)
         else:
-            rank = _draw(counter)
+            rank = _look_at(counter)
         self.finish(before)
-        if not self.ordered:  # noqa: SIM102 (known at compile time, unlike the inner one)
-            if (rank > 0) & (rank < WRITTEN):
-                _wait_until_at_least(counter, WRITTEN)
         mbarrier.wait(self.full.index(group), number & 1)
+        if not self.ordered:  # noqa: SIM102 (known at compile time, unlike the inner one)
+            if rank < WRITTEN:
+                rank = _draw(counter)
+                if (rank > 0) & (rank < WRITTEN):
+                    _wait_until_at_least(counter, WRITTEN)
         if rank == 0:
             tma_store(self.desc, coords, buffer)
         else:

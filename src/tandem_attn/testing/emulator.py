@@ -47,12 +47,14 @@ from tandem_attn.testing.plain import (
 class Memory:
     """What allocate_shared_memory returns: cells of equal shape, or views of one of them."""
 
-    def __init__(self, cells, view=lambda data: data):
-        self.cells, self.view = cells, view
+    dtype = layout = None  # not modelled
+
+    def __init__(self, cells, view=lambda data: data, slots=False):
+        self.cells, self.view, self.slots = cells, view, slots
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if len(self.cells) > 1:
+        if self.slots:
             return (len(self.cells), *self.cells[0].data.shape)
         return self.view(np.empty(self.cells[0].data.shape)).shape
 
@@ -67,10 +69,14 @@ class Memory:
         return self.cells[0]
 
     def permute(self, axes) -> Memory:
-        return Memory([self.cell], lambda data: data.transpose(axes))
+        return Memory([self.cell], lambda data: self.view(data).transpose(axes))
 
     def reshape(self, shape) -> Memory:
-        return Memory([self.cell], lambda data: data.reshape(shape))
+        return Memory([self.cell], lambda data: self.view(data).reshape(shape))
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Memory:
+        place = (*[slice(None)] * dim, slice(int(start), int(start) + length))
+        return Memory([self.cell], lambda data: self.view(data)[place])
 
     def load(self, layout) -> Array:
         me = partition()
@@ -81,7 +87,11 @@ class Memory:
     def store(self, value) -> None:
         me = partition()
         self.cell.check_write(me.clock, f"{me.name} stores")
-        self.cell.write(me.name, me.time, np.array(value).reshape(self.cell.data.shape))
+        value = np.array(value)
+        data = self.cell.data.astype(value.dtype)  # a copy, in which a view may leave some as it was
+        place = self.view(data)
+        place[...] = value.reshape(place.shape)
+        self.cell.write(me.name, me.time, data)
         self.cell.unfenced = True
 
 
@@ -263,12 +273,12 @@ class EmulatedLanguage(Language):
         self.machine, self.cells, self.named = machine, [], {}
 
     def num_warps(self):
-        return partition().warps
+        return partition().warps if partition() else 4
 
     def allocate_shared_memory(self, dtype, shape, layout):
         cells = [Cell(tuple(int(n) for n in shape[1:])) for _ in range(int(shape[0]))]
         self.cells += cells
-        return Memory(cells)
+        return Memory(cells, slots=True)
 
     def warp_specialize(self, functions, worker_warps, worker_registers):
         """Only noted: run_forward starts the partitions of all programs together."""

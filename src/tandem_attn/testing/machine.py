@@ -60,7 +60,7 @@ class Cell:
 
     def write(self, who, time: int, data) -> None:
         """From now on this is what the cell holds."""
-        self.written, self.reads = (who, time), {}
+        self.written, self.reads, self.unfenced = (who, time), {}, False
         self.data = data
 
 
@@ -117,6 +117,7 @@ class Partition:
         self.name, self.steps, self.warps = name, steps, warps
         self.ready = _always
         self.over = False
+        self.pace: float | None = None  # how often it goes on, others do so 1 or 10 times; None: by the seed
         self.time = 1
         self.clock: Clock = {name: 1}
         self.products: list = []  # wgmma under way, oldest first
@@ -159,7 +160,7 @@ class Machine:
         """Until all are over. Who is next is random, with a bias that differs from seed to seed."""
         Machine.current = self
         partitions = self.partitions
-        weight = {p: self.random.choice((1, 1, 10)) for p in partitions}
+        weight = {p: p.pace or self.random.choice((1, 1, 10)) for p in partitions}
         landing = self.random.choice((0.1, 1, 10))
         while waiting := [p for p in partitions if not p.over]:
             free = [p for p in waiting if p.ready()]

@@ -146,6 +146,14 @@ class DType(str):
         return self
 
 
+class Constant(float):
+    """A gl.constexpr of a float."""
+
+    @property
+    def value(self) -> float:
+        return float(self)
+
+
 class Language:
     """What device code calls `gl`, as far as it is arithmetic."""
 
@@ -161,7 +169,7 @@ class Language:
         self.program, self.programs = program, programs
 
     def constexpr(self, x):
-        return x
+        return Constant(x) if type(x) is float else x
 
     def program_id(self, axis):
         return DeviceInt(self.program)
@@ -246,8 +254,10 @@ class Language:
             return array(np.asarray(args[0]) + 1j * np.asarray(args[1]))
         if asm == "mov.b32 $0, $1;":
             return array(np.stack([args[0][..., 0].real, args[0][..., 1].imag], -1))
-        if "vote.sync" in asm:
+        if "vote.sync" in asm or asm.startswith("mul.rn."):
             return array(args[0] * args[1])
+        if asm == "mov.u32 $0, 0;":
+            return DeviceInt(0)
         if "st.shared.f32 [a]" in asm or "shfl.sync.idx" in asm:
             return args[0]
         if "atom.global.add" in asm:
