@@ -299,8 +299,8 @@ def _with_room_for_copies(choice: dict, mask: type, head_dim: int) -> dict:
     if choice.get("q_in_registers") and head_dim == 64:
         roomy["q_stages"] = 2
     if choice.get("num_consumers") == 3:
-        causal = dict(num_consumers=2, skip=False, opens_in_loop=False)
-        roomy |= causal if mask is CausalMask else dict(rescale_first=False)
+        two = dict(num_consumers=2, skip=False, opens_in_loop=False)
+        roomy |= dict(rescale_first=False) if mask is NoMask else two
     return roomy
 
 
@@ -330,9 +330,9 @@ def forward_config(spec: AttentionSpec, copies_operands: bool = COPIES_OPERANDS)
     if spec.varlen:
         kinds = kinds | {"packed"}
     (head_dim, head_dim_v), choice = _tuned(spec.head_dim, spec.head_dim_v, kinds)
+    mask = without_edges(mask, spec, choice.get("tile_n", 128))
     if copies_operands:
         choice = _with_room_for_copies(choice, mask, head_dim)
-    mask = without_edges(mask, spec, choice.get("tile_n", 128))
     schedule = VarlenTiles if spec.varlen else DenseTiles if mask is CausalMask else PlainTiles
     return ForwardConfig(
         element="bf16" if spec.dtype == torch.bfloat16 else "fp16",
