@@ -70,35 +70,40 @@ def _wait_until_at_least(counter, value):
     )
 
 
-# Partitions of one warp call these two. The thread elected here is the one elected to start TMA stores.
+# Partitions of one warp call these. The thread elected here is the one elected to start TMA stores.
+
+
+@gluon.constexpr_function
+def _by_one_thread(instruction):
+    """Assembly by which one thread executes `instruction`, whose result is v, and all get v."""
+    return (
+        "{ .reg .pred p; .reg .b32 v; mov.b32 v, 0; elect.sync _|p, 0xffffffff;"
+        f" @p {instruction}; redux.sync.or.b32 $0, v, 0xffffffff; }}"
+    )
+
+
+@gluon.jit
+def _of_counter(instruction: gl.constexpr, counter):
+    return gl.inline_asm_elementwise(
+        _by_one_thread(instruction),
+        "=r,l",
+        [counter.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
 def _draw(counter):
     """Add one to the counter; what it was."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 v; mov.b32 v, 0; elect.sync _|p, 0xffffffff;"
-        " @p atom.relaxed.gpu.global.add.u32 v, [$1], 1; redux.sync.or.b32 $0, v, 0xffffffff; }",
-        "=r,l",
-        [counter.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    return _of_counter("atom.relaxed.gpu.global.add.u32 v, [$1], 1", counter)
 
 
 @gluon.jit
 def _look_at(counter):
     """The counter; what its last adder released is visible."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 v; mov.b32 v, 0; elect.sync _|p, 0xffffffff;"
-        " @p ld.acquire.gpu.global.b32 v, [$1]; redux.sync.or.b32 $0, v, 0xffffffff; }",
-        "=r,l",
-        [counter.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    return _of_counter("ld.acquire.gpu.global.b32 v, [$1]", counter)
 
 
 @gluon.jit

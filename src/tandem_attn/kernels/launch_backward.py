@@ -105,7 +105,7 @@ class BackwardPlan:
     def __init__(self, spec: AttentionSpec):
         self.spec = spec
         self.by_keys, self.by_queries = backward_configs(spec)
-        self.parts = parts_of_group(spec) if self.by_keys[0].partial else 1
+        self.parts = parts_of_group(spec)
         self.device_index = spec.device.index or 0
         if spec.varlen:
             self.padded_rows = _padded(spec.total_q) + PADDING.value * spec.batch

@@ -26,15 +26,8 @@ from tandem_attn.kernels.launch_backward import backward_boxes
 from tandem_attn.testing.compile import Report, command_line, compiled, descriptor_type, explained, one_line
 from tandem_attn.testing.shipped_backward import Variant, variants
 
-OF_ELEMENTS = (
-    "out_ptr",
-    "dout_ptr",
-    "clean_ptr",
-    "dq_ptr",
-    "dk_ptr",
-    "dv_ptr",
-    "ptr",
-)  # pointers to 16-bit elements
+# pointers to 16-bit elements
+OF_ELEMENTS = ("out_ptr", "dout_ptr", "clean_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "ptr")
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens")  # of packed sequences
 WAITS_FOR_ROWS = ("", "finish_rows", "sum_parts")  # kernels that start while those before them end
 
