@@ -72,9 +72,7 @@ def test_launches_of_a_call(launched, asked, how):
     wide = max(spec.head_dim, spec.head_dim_v) > 128
     few = ["sum_parts"] if BackwardPlan(spec).parts > 1 else []
     middle = (
-        ["attention_backward"] * 2 + few + ["query_gradient"]
-        if wide
-        else ["attention_backward", *few, "finish_rows"]
+        ["key_gradients", *few, "query_gradient"] if wide else ["attention_backward", *few, "finish_rows"]
     )
     assert names == ["prepare_rows", *middle, *["clear_padding"] * (3 if spec.varlen else 0)]
 
@@ -86,7 +84,7 @@ def test_launches_pass_what_the_compile_tests_compile(launched, asked, how):
     by_keys, _ = backward_configs(spec)
     for kernel, _grid, arguments, options in launched(spec, **how):
         of_rows = kernel.__name__ if hasattr(backward_rows, kernel.__name__) else ""
-        config = arguments.get("config", by_keys[0])
+        config = arguments.get("config", by_keys)
         given = tuple(
             n
             for n in ("clean_ptr", "dlse_ptr", "seqused_q", "seqused_k", "seqused")

@@ -12,7 +12,7 @@ from compile_matrix import INSTALLED, SUPPORTED, Compiled, cases
 from tandem_attn.device.gluon import copies_operands
 from tandem_attn.kernels.backward_rows import SUMMED_ROWS
 from tandem_attn.kernels.config import SHARED_MEMORY
-from tandem_attn.kernels.config_backward import BackwardConfig, QueryGradientConfig
+from tandem_attn.kernels.config_backward import BackwardConfig, KeyGradientConfig, QueryGradientConfig
 from tandem_attn.testing.compile_backward import (
     BackwardReport,
     accesses,
@@ -68,7 +68,9 @@ def test_compiles_within_the_limits(reports, version, name):
 def test_what_other_proxies_read_is_fenced(reports, version, name):
     """Before TMA stores, and before others are told that wgmma or TMA may read what is written."""
     made = reports(version, name)
-    assert (made.unfenced_stores, made.unfenced_arrivals) == (0, 0)
+    assert made.unfenced_stores == 0
+    if not isinstance(variants_for(version)[name].config, KeyGradientConfig):  # P goes to ordinary loads
+        assert made.unfenced_arrivals == 0
 
 
 @pytest.mark.parametrize("version, name", cases_of(is_main))
@@ -82,7 +84,9 @@ def test_loops_hold_what_they_should(reports, version, name):
         kind = loop["HGMMA"], loop["MUFU.EX2"]
         found[kind] = found.get(kind, 0) + 1
         assert loop["spill"] == 0
-        assert loop["PRMT"] == 0, "P or dS is repacked on every turn"
+        takes_p = isinstance(config, KeyGradientConfig) and kind[1] == 0
+        unpacked = config.tile_m * config.tile_n // 128 // 2 if takes_p and config.element == "bf16" else 0
+        assert loop["PRMT"] <= unpacked, "P or dS is repacked on every turn"
     assert found == expected
 
 
@@ -122,9 +126,9 @@ def test_variants_hold_every_kind():
     """Shapes, masks, sequences, elements and flags, each of them in some variant."""
     made = [v for v in variants() if is_main(v)]
     tiles = {(v.config.head_dim, v.config.head_dim_v, v.config.gradients) for v in made}
-    wide = {(256, dv, gradients) for dv in (64, 128, 256) for gradients in "kvq"}
+    wide = {(256, dv, gradients) for dv in (64, 128, 256) for gradients in ("kv", "q")}
     assert tiles == {(64, 64, "qkv"), (128, 128, "qkv"), *wide}
-    for cls in (BackwardConfig, QueryGradientConfig):
+    for cls in (BackwardConfig, KeyGradientConfig, QueryGradientConfig):
         configs = [v.config for v in made if isinstance(v.config, cls)]
         assert {c.element for c in configs} == {"bf16", "fp16"} and {c.softcap for c in configs} == {0, 1}
         kinds = {(c.Mask.__name__, c.Sequences.__name__) for c in configs}

@@ -253,16 +253,17 @@ def test_by_keys_all_small_shapes(seqlen_q):
 @given(
     name=st.sampled_from([FULL, CAUSAL, WINDOW]),
     seqlens=st.tuples(st.integers(1, 900), st.integers(0, 900)),
-    tile_m=st.sampled_from([64, 128]),
+    tile=st.sampled_from([(64, 128), (128, 128), (64, 64)]),
     sides=st.tuples(SIDE, SIDE),
 )
-@example(name=WINDOW, seqlens=(513, 640), tile_m=64, sides=(UNBOUNDED, 90))
-@example(name=WINDOW, seqlens=(513, 640), tile_m=128, sides=(100, UNBOUNDED))
-@example(name=CAUSAL, seqlens=(640, 129), tile_m=64, sides=(0, 0))
-@example(name=CAUSAL, seqlens=(129, 640), tile_m=128, sides=(0, 0))
-def test_by_keys_real_tiles(name, seqlens, tile_m, sides):
+@example(name=WINDOW, seqlens=(513, 640), tile=(64, 128), sides=(UNBOUNDED, 90))
+@example(name=WINDOW, seqlens=(513, 640), tile=(128, 128), sides=(100, UNBOUNDED))
+@example(name=CAUSAL, seqlens=(640, 129), tile=(64, 64), sides=(0, 0))
+@example(name=CAUSAL, seqlens=(129, 640), tile=(128, 128), sides=(0, 0))
+def test_by_keys_real_tiles(name, seqlens, tile, sides):
+    tile_m, tile_n = tile
     mask, seen = getattr(plain, name)(*seqlens, *sides), visible(name, *seqlens, *sides)
-    check_by_keys(mask, seen, tile_m, 128)
+    check_by_keys(mask, seen, tile_m, tile_n)
     check_key_limits(mask, seen)
     for n_start, m_start in itertools.product((0, 128, 576), (0, 64, 512)):
         check_elements(mask, seen, range(n_start, n_start + 64), range(m_start, m_start + tile_m))

@@ -1,25 +1,21 @@
-"""FlashAttention-3 backward for sm_90a: one producer warp, two consumer warpgroups (arXiv 2407.08608,
-alg. 3).
+"""FlashAttention-3 backward for sm_90a, up to head_dim 128: one producer warp, two consumer warpgroups, two
+warps that add dQ (arXiv 2407.08608, alg. 3).
 
 One program per 128 keys of a KV head. K and V stay in shared memory; the producer streams blocks of query
 rows (Q, dO, and the numbers lse and delta of each row) of all query heads of the group, or of a part of them.
-What a consumer does with a block: kernels/backward_steps.py. Where dK and dV do not fit in registers together
-(head_dim 192 and 256) there are two launches, one for dK and one for dV, and dQ has a kernel of its own,
-kernels/backward_queries.py. Why each of these is so, what it measured, and the budgets:
-docs/kernels/backward.md.
+What a consumer does with a block: kernels/backward_steps.py. Above head_dim 128 dK and dV of a consumer's
+keys do not fit in registers together: kernels/backward_keys.py and kernels/backward_queries.py. Why each of
+these is so, what it measured, and the budgets: docs/kernels/backward.md.
 """
 
 from tandem_attn.device.accumulate import Place, make_adds
 from tandem_attn.device.gluon import (
-    fence_async_shared,
     gdc_launch_dependents,
     gdc_wait,
     gl,
     gluon,
     mbarrier,
     reinterpreted,
-    tma_load,
-    tma_store,
     tma_store_wait,
     warpgroup_mma_wait,
 )
@@ -27,19 +23,8 @@ from tandem_attn.device.ring import make_barriers
 from tandem_attn.device.row_ring import make_row_ring
 from tandem_attn.device.schedule import Rows
 from tandem_attn.device.softmax import gradient_scale
-from tandem_attn.kernels.backward_steps import (
-    Problem,
-    Shared,
-    State,
-    Tile,
-    put_ds,
-    skipped,
-    start_dq,
-    start_scores,
-    step,
-    step_k,
-    step_v,
-)
+from tandem_attn.kernels.backward_steps import Shared, State, put_ds, skipped, start_dq, start_scores, step
+from tandem_attn.kernels.backward_tile import Problem, load_keys, make_tile, store_keys
 
 
 @gluon.jit
@@ -63,12 +48,7 @@ def _blocks(problem, shared, adds, group: gl.constexpr, tile, g, state, begin, e
     for m in range(begin, end):
         i = first + m
         m_start = tile.block(m) * c.tile_m
-        if c.with_q:
-            state = step(problem, shared, adds, group, tile, i, m_start, state, masked)
-        elif c.with_k:
-            state = step_k(problem, shared, group, tile, i, m_start, state, masked)
-        else:
-            state = step_v(problem, shared, group, tile, i, m_start, state, masked)
+        state = step(problem, shared, adds, group, tile, i, m_start, state, masked)
     return state
 
 
@@ -89,16 +69,11 @@ def _first_block(problem, shared, adds, group: gl.constexpr, tile, own, state):
 @gluon.jit
 def _consumer(group: gl.constexpr, problem, shared, adds, tile, dk_out, dv_out):
     c: gl.constexpr = problem.config.static
-    s = gl.zeros([64, c.tile_m], gl.float32, c.s_accumulator)
-    if c.with_q and not c.first_apart:
-        put_ds(problem, shared, group, 0, s.to(c.dtype))
+    if not c.first_apart:
+        put_ds(problem, shared, group, 0, gl.zeros([64, c.tile_m], c.dtype, c.s_accumulator))
     mbarrier.wait(shared.kv_full.index(0), 0)
-    if c.with_v:  # scores are computed ahead
-        s = warpgroup_mma_wait(0, deps=(start_scores(problem, shared, group, 0),))
-        if not c.joint:
-            shared.q.release(0)
-    if c.with_k:
-        mbarrier.wait(shared.kv_full.index(1), 0)
+    s = warpgroup_mma_wait(0, deps=(start_scores(problem, shared, group, 0),))
+    mbarrier.wait(shared.kv_full.index(1), 0)
     dk = gl.zeros([64, c.head_dim], gl.float32, c.dk_accumulator)
     dv = gl.zeros([64, c.head_dim_v], gl.float32, c.dv_accumulator)
     own = tile.begin  # first block that this consumer's keys see
@@ -109,46 +84,32 @@ def _consumer(group: gl.constexpr, problem, shared, adds, tile, dk_out, dv_out):
     if c.first_apart:
         state = _first_block(problem, shared, adds, group, tile, own, state)
     for g in range(problem.heads):
-        start = tile.begin  # blocks start to end - 1 of this head are done in loops
-        end = tile.end
+        start = tile.begin  # the first block of this head that is done in loops
         if c.first_apart:
             start += gl.where(g == 0, 1, 0)
-        if c.gradients == "v":
-            end -= gl.where(g == problem.heads - 1, 1, 0)
         whole = start
-        whole_end = gl.minimum(tile.whole_end, end)
         if c.Mask.masks:
             if c.skips and group > 0:
-                for m in range(start, gl.minimum(own, end)):
+                for m in range(start, own):
                     i = g * (tile.end - tile.begin) + m - tile.begin
                     state = skipped(problem, shared, adds, group, tile, i, state)
             begin = gl.maximum(own, start)
-            masked_end = gl.minimum(tile.whole_begin, end)
-            state = _blocks(problem, shared, adds, group, tile, g, state, begin, masked_end, True)
+            state = _blocks(problem, shared, adds, group, tile, g, state, begin, tile.whole_begin, True)
             whole = gl.maximum(tile.whole_begin, start)
-        state = _blocks(problem, shared, adds, group, tile, g, state, whole, whole_end, False)
+        state = _blocks(problem, shared, adds, group, tile, g, state, whole, tile.whole_end, False)
         if c.Mask.has_left_edge:
             begin = gl.maximum(tile.whole_end, start)
-            state = _blocks(problem, shared, adds, group, tile, g, state, begin, end, True)
-    if c.gradients == "v" and tile.count > 0:
-        m_start = tile.block(tile.end - 1) * c.tile_m
-        state = step_v(problem, shared, group, tile, tile.count - 1, m_start, state, c.Mask.masks, True)
-    if c.with_v:  # noqa: SIM102 (known at compile time, unlike the inner one)
-        if tile.count == 0:
-            shared.do.wait(0)  # no load may be under way when the program ends
-    if c.with_q:
-        started = start_dq(problem, shared, group, gl.maximum(tile.count - 1 + c.first_put, 0))
-    if c.with_v:  # a consumer's half of V, or for dV alone of K, is read by itself alone
-        per_half: gl.constexpr = shared.v.shape[2] // c.head_dim_v  # Triton 3.8 wants views of equal size
-        smem = reinterpreted(shared.v, c.dtype.value, [2 * per_half, 64, c.head_dim_v], c.v_layout)
-        _store(problem, tile, group, smem.index(group * per_half), state.dv, dv_out)
-    if c.with_k:
-        smem = _free_stage(shared, group, tile) if c.with_q else shared.k.index(group)
-        _store(problem, tile, group, smem, state.dk * problem.scale, dk_out)
-    if c.with_q:
-        dq = warpgroup_mma_wait(0, deps=(started,))
-        if tile.count > 0:
-            adds.put(group, tile.count - 1, dq)
+            state = _blocks(problem, shared, adds, group, tile, g, state, begin, tile.end, True)
+    if tile.count == 0:
+        shared.do.wait(0)  # no load may be under way when the program ends
+    started = start_dq(problem, shared, group, gl.maximum(tile.count - 1 + c.first_put, 0))
+    n_start = tile.n_start + 64 * group
+    store_keys(problem, tile, n_start, shared.v.index(group), state.dv, dv_out)  # read by this consumer alone
+    smem = _free_stage(shared, group, tile)
+    store_keys(problem, tile, n_start, smem, state.dk * problem.scale, dk_out)
+    dq = warpgroup_mma_wait(0, deps=(started,))
+    if tile.count > 0:
+        adds.put(group, tile.count - 1, dq)
     tma_store_wait(0)
 
 
@@ -164,47 +125,13 @@ def _free_stage(shared, group: gl.constexpr, tile):
 
 
 @gluon.jit
-def _store(problem, tile, group: gl.constexpr, smem, x, out):
-    """This consumer's keys of dK or dV: rounded, by shared memory and TMA; or in float32 where `sum_parts`
-    of kernels/backward_rows.py follows."""
-    c: gl.constexpr = problem.config.static
-    n_start = tile.n_start + 64 * group
-    if c.partial:
-        layout: gl.constexpr = x.type.layout
-        width: gl.constexpr = x.shape[1]
-        row = n_start + gl.arange(0, 64, gl.SliceLayout(1, layout))
-        at = tile.sequence.swapped().row_of_all(row) * problem.num_parts + tile.part
-        to = out + (at * width)[:, None] + gl.arange(0, width, gl.SliceLayout(0, layout))[None, :]
-        gl.store(to, x, mask=(row < tile.sequence.seqlen_k)[:, None])
-    else:
-        smem.store(x.to(c.dtype))
-        fence_async_shared()
-        coords = tile.sequence.coords("k", tile.kv_head, n_start, 0)
-        tma_store(out, coords, smem.reshape(out.block_type.shape))
-
-
-@gluon.jit
-def _load_keys(shared, number: gl.constexpr, smem, desc, tile):
-    """Start the loads of both halves of K or V."""
-    full = shared.kv_full.index(number)
-    mbarrier.expect(full, 2 * desc.block_type.nbytes)
-    for half in gl.static_range(2):
-        coords = tile.sequence.coords("k", tile.kv_head, tile.n_start + 64 * half, 0)
-        tma_load(desc, coords, full, smem.index(half).reshape(desc.block_type.shape))
-
-
-@gluon.jit
 def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc):
     c: gl.constexpr = problem.config.static
-    _load_keys(shared, 0, shared.k, k_desc, tile)
-    if c.with_k:
-        _load_keys(shared, 1, shared.v, v_desc, tile)
+    load_keys(shared.kv_full.index(0), shared.k, k_desc, tile)
+    load_keys(shared.kv_full.index(1), shared.v, v_desc, tile)
     gdc_wait()  # for the row statistics; keys, queries and dO were there before prepare_rows
-    heads = problem.heads
-    end = tile.end
-    if c.with_v:  # consumers look at block 0 in any case
-        heads = gl.where(tile.count > 0, heads, 1)
-        end = gl.maximum(end, tile.begin + 1)
+    heads = gl.where(tile.count > 0, problem.heads, 1)  # consumers look at block 0 in any case
+    end = gl.maximum(tile.end, tile.begin + 1)
     i = 0
     for g in range(heads):
         head = tile.part * problem.heads + g
@@ -212,14 +139,10 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)
         for m in range(tile.begin, end):
             row = tile.block(m) * c.tile_m
             coords = tile.sequence.coords("q", head, row, 0)
+            lse = statistics + row
             shared.q.acquire(i)
-            shared.q.fill(i, q_desc, stat_desc, coords, statistics + row)
-            if not c.joint:
-                shared.do.acquire(i)
-            with_do = statistics + row
-            if c.with_k:
-                with_do += problem.delta_start
-            shared.do.fill(i, do_desc, stat_desc, coords, with_do)
+            shared.q.fill(i, q_desc, stat_desc, coords, lse)
+            shared.do.fill(i, do_desc, stat_desc, coords, lse + problem.delta_start)
             i += 1
 
 
@@ -242,16 +165,11 @@ def _add_dq(group: gl.constexpr, problem, adds, tile):
 def _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config: gl.constexpr):
     c: gl.constexpr = config.static
     k = gl.allocate_shared_memory(c.dtype, [2, 64, c.head_dim], c.k_layout)
-    q_empty = make_barriers(c.q_stages, 2)
-    do_empty = q_empty if c.joint else make_barriers(c.do_stages, 2)
-    q = make_row_ring(q_desc, stat_desc, c.tile_m, c.head_dim, c.q_stages, q_empty)
-    do = make_row_ring(do_desc, stat_desc, c.tile_m, c.head_dim_v, c.do_stages, do_empty)
-    v = k
-    ds = k
-    if c.with_k:
-        v = gl.allocate_shared_memory(c.dtype, [2, 64, c.head_dim_v], c.v_layout)
-    if c.with_q:
-        ds = gl.allocate_shared_memory(c.dtype, [2 * c.ds_stages, 64, c.tile_m], c.ds_layout)
+    empty = make_barriers(c.stages, 2)  # Q and dO go back together: an arrival less
+    q = make_row_ring(q_desc, stat_desc, c.tile_m, c.head_dim, c.stages, empty)
+    do = make_row_ring(do_desc, stat_desc, c.tile_m, c.head_dim_v, c.stages, empty)
+    v = gl.allocate_shared_memory(c.dtype, [2, 64, c.head_dim_v], c.v_layout)
+    ds = gl.allocate_shared_memory(c.dtype, [2 * c.ds_stages, 64, c.tile_m], c.p_layout)
     return Shared(k, v, make_barriers(2, 1), q, do, ds, make_barriers(c.ds_stages, 2))
 
 
@@ -282,35 +200,15 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_desc, dk_o
     found, block, part, index, _after = schedule.tile(gl.program_id(0))
     sequence = by_keys.sequence(index).swapped()
     if found:
-        mask = c.Mask(sequence.seqlen_q, sequence.seqlen_k, window_left, window_right)
-        # The schedule begins with the last blocks. Where keys add to dQ in order, that lets each tile of keys
-        # run two blocks behind the one it waits for; else the long ones, which are the first, go first.
-        if not c.ordered:
-            block = (sequence.seqlen_k + (c.tile_n - 1)) // c.tile_n - 1 - block
-        n_start = block * c.tile_n
-        begin, end, whole_begin, whole_end = mask.query_blocks(n_start, n_start + c.tile_n, c.tile_m)
-        blocks = (end - begin) * heads
-        turn = begin * 0
-        if c.rotates:
-            turn = n_start // c.tile_m % gl.maximum(end, 1)
-        kv_head = part // parts if c.partial else part
-        tile = Tile(sequence, index, mask, part, kv_head, n_start, gl.to_tensor(begin), end,
-                    gl.to_tensor(whole_begin), whole_end, blocks, gl.to_tensor(turn))  # fmt: skip
+        tile = make_tile(problem, sequence, index, block, part, parts, window_left, window_right)
         shared = _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config)
-        if c.with_q:
-            adds = make_adds(dq_desc, counters, c.ordered)
-            gl.warp_specialize([
-                (_consumer, (0, problem, shared, adds, tile, dk_out, dv_out)),
-                (_consumer, (1, problem, shared, adds, tile, dk_out, dv_out)),
-                (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
-                (_add_dq, (0, problem, adds, tile)),
-                (_add_dq, (1, problem, adds, tile)),
-            ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
-        else:
-            gl.warp_specialize([
-                (_consumer, (0, problem, shared, None, tile, dk_out, dv_out)),
-                (_consumer, (1, problem, shared, None, tile, dk_out, dv_out)),
-                (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
-            ], [4, 1], [240, 24])  # fmt: skip
+        adds = make_adds(dq_desc, counters, c.ordered)
+        gl.warp_specialize([
+            (_consumer, (0, problem, shared, adds, tile, dk_out, dv_out)),
+            (_consumer, (1, problem, shared, adds, tile, dk_out, dv_out)),
+            (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
+            (_add_dq, (0, problem, adds, tile)),
+            (_add_dq, (1, problem, adds, tile)),
+        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
     else:
         gdc_wait()  # so that the end of this kernel tells that the one before has ended

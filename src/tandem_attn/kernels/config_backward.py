@@ -1,8 +1,8 @@
 """What the backward kernel is compiled for, and which choice measured best.
 
-`BackwardConfig` and `QueryGradientConfig` are everything the kernels know at compile time;
-`backward_configs(spec)` finds the rows of the table: one for all gradients, or one for each where the
-accumulators of dK and dV do not fit in registers together.
+`BackwardConfig`, `KeyGradientConfig` and `QueryGradientConfig` are everything the kernels know at compile
+time; `backward_configs(spec)` chooses: one kernel for all gradients, or one for dK and dV and one for dQ
+where the accumulators of dK and dV do not fit in registers together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_UNORDERED_KEYS = (WRITTEN.value - 1) * NUM_CONSUMERS * KEYS
 
 
 class GradientConfig(KernelConfig):
-    """What both kernels have: two consumers and one more warpgroup of producers and the like."""
+    """What all three kernels have: two consumers and one more warpgroup of producers and the like."""
 
     def __post_init__(self) -> None:
         if self.head_dim not in TILE_WIDTHS or self.head_dim_v not in TILE_WIDTHS:
@@ -56,72 +56,20 @@ class GradientConfig(KernelConfig):
         """Registers of the partitions after the first, which gets what is left; multiples of 8."""
         return [240, 24]
 
+    def described(self, tiles: str) -> str:
+        """A line for people."""
+        fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
+        flags = [name for name in fields if getattr(self, name)]
+        policies = (c.__name__ for c in (self.Mask, self.Sequences))
+        return (
+            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, d{', d'.join(self.gradients)}: "
+            f"{tiles}, {', '.join(policies)}, {', '.join(flags) or 'no flags'}, "
+            f"{self.shared_memory // 1024} KB shared"
+        )
 
-@dataclasses.dataclass(frozen=True)
-class BackwardConfig(GradientConfig):
-    """Compile-time facts of the backward kernel. Validated here and nowhere else."""
 
-    element: str  # "bf16" or "fp16"
-    head_dim: int  # columns of a tile of Q, K, dK: one of TILE_WIDTHS
-    head_dim_v: int
-    Mask: type
-    Sequences: type
-    Schedule: type
-    softcap: bool = False
-    ordered: bool = False  # tiles of keys add to dQ one after the other: repeatable
-    partial: bool = False  # a program does a part of a KV head's query heads, dK and dV are added up later
-    gradients: str = "qkv"  # or "k", or "v"
-    tile_m: int = 64  # query rows of a block
-    q_stages: int = 2
-    do_stages: int = 2
-    ds_stages: int = 3
-    first_apart: bool = False  # the first block has its own code, without the dQ of a block before it
-    packed_ds: bool = False  # dS from rounded P by a 16-bit product: fewer registers, two more roundings
-
-    def check_own_fields(self) -> None:
-        if self.gradients not in ("qkv", "k", "v"):
-            raise ValueError(f"gradients={self.gradients!r}: qkv, k or v")
-        if self.tile_m not in (64, 128):
-            raise ValueError(f"tile_m={self.tile_m}: 64 or 128")
-        if self.first_apart and not self.with_q:
-            raise ValueError("first_apart: nothing is saved where no dQ is made")
-        if not self.with_q:
-            return
-        if self.tile_m * self.head_dim != 64 * 128 or self.head_dim != self.head_dim_v:
-            rows, dims = f"tile_m={self.tile_m}", f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}"
-            raise ValueError(f"{rows}, {dims}: no split of dQ between consumers")
-        if (self.q_stages, self.do_stages, self.ds_stages) != (2, 2, 3):
-            raise ValueError("with dQ there are 2 stages of Q and dO and 3 of dS: with fewer, consumers race")
-
-    @property
-    def with_q(self) -> bool:
-        """Whether dQ is made: half a block's chunks of it by each consumer."""
-        return "q" in self.gradients
-
-    @property
-    def with_k(self) -> bool:
-        """Whether dK is made."""
-        return "k" in self.gradients
-
-    @property
-    def with_v(self) -> bool:
-        """Whether dV is made."""
-        return "v" in self.gradients
-
-    @property
-    def first_put(self) -> int:
-        """Number of the dS of block 0 among all; where block 0 is like others, zeros come before it."""
-        return 0 if self.first_apart else 1
-
-    @property
-    def joint(self) -> bool:
-        """Whether Q and dO go back to the producer together: an arrival less."""
-        return self.with_q
-
-    @property
-    def skips(self) -> bool:
-        """Whether the second consumer leaves out blocks that none of its keys sees."""
-        return self.with_q and self.tile_m < self.tile_n and self.Mask.has_diagonal.value
+class ByKeysConfig(GradientConfig):
+    """What the two kernels have whose programs own keys, and that make dK and dV."""
 
     @property
     def rotates(self) -> bool:
@@ -129,8 +77,9 @@ class BackwardConfig(GradientConfig):
         return not self.ordered and not self.Mask.has_diagonal.value
 
     @property
-    def tile_n(self) -> int:
-        return NUM_CONSUMERS * KEYS
+    def with_q(self) -> bool:
+        """Whether dQ is made too, added up in global memory."""
+        return "q" in self.gradients
 
     @property
     def k_layout(self):
@@ -141,16 +90,13 @@ class BackwardConfig(GradientConfig):
         return self.shared_layout(KEYS, self.head_dim_v)
 
     @property
-    def ds_layout(self):
+    def p_layout(self):
+        """Of P^T or dS^T."""
         return self.shared_layout(KEYS, self.tile_m)
 
     @property
     def stat_layout(self):
         return gl.NVMMASharedLayout(0, 32, 1)
-
-    @property
-    def dq_layout(self):
-        return gl.NVMMASharedLayout(128, 32, 2)
 
     @property
     def s_accumulator(self):
@@ -164,6 +110,60 @@ class BackwardConfig(GradientConfig):
     def dv_accumulator(self):
         return accumulator(self.head_dim_v)
 
+    @cached_property
+    def operand_bytes(self) -> int:
+        """Of K, V, and the stages of Q, dO and their statistics in shared memory."""
+        keys = self.tile_n * (self.head_dim + self.head_dim_v)
+        rows = self.stages * self.tile_m * (self.head_dim + self.head_dim_v)
+        return 2 * (keys + rows) + 2 * 4 * self.stages * self.tile_m
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig(ByKeysConfig):
+    """Compile-time facts of the kernel that makes all gradients. Validated here and nowhere else."""
+
+    element: str  # "bf16" or "fp16"
+    head_dim: int  # columns of a tile of Q, K, dK: one of TILE_WIDTHS
+    head_dim_v: int
+    Mask: type
+    Sequences: type
+    Schedule: type
+    softcap: bool = False
+    ordered: bool = False  # tiles of keys add to dQ one after the other: repeatable
+    partial: bool = False  # a program does a part of a KV head's query heads, dK and dV are added up later
+    tile_m: int = 64  # query rows of a block
+    stages: int = 2  # of Q and of dO
+    ds_stages: int = 3
+    first_apart: bool = False  # the first block has its own code, without the dQ of a block before it
+    packed_ds: bool = False  # dS from rounded P by a 16-bit product: fewer registers, two more roundings
+
+    gradients = "qkv"
+    tile_n = NUM_CONSUMERS * KEYS
+
+    def check_own_fields(self) -> None:
+        if self.tile_m not in (64, 128):
+            raise ValueError(f"tile_m={self.tile_m}: 64 or 128")
+        if self.tile_m * self.head_dim != 64 * 128 or self.head_dim != self.head_dim_v:
+            rows, dims = f"tile_m={self.tile_m}", f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}"
+            raise ValueError(f"{rows}, {dims}: no split of dQ between consumers")
+        if (self.stages, self.ds_stages) != (2, 3):
+            stages = f"stages={self.stages}, ds_stages={self.ds_stages}"
+            raise ValueError(f"{stages}: 2 of Q and dO and 3 of dS; with fewer, consumers race")
+
+    @property
+    def first_put(self) -> int:
+        """Number of the dS of block 0 among all; where block 0 is like others, zeros come before it."""
+        return 0 if self.first_apart else 1
+
+    @property
+    def skips(self) -> bool:
+        """Whether the second consumer leaves out blocks that none of its keys sees."""
+        return self.tile_m < self.tile_n and self.Mask.has_diagonal.value
+
+    @property
+    def dq_layout(self):
+        return gl.NVMMASharedLayout(128, 32, 2)
+
     @property
     def dq_accumulator(self):
         return accumulator(64)
@@ -171,32 +171,55 @@ class BackwardConfig(GradientConfig):
     @cached_property
     def shared_memory(self) -> int:
         """Bytes of tiles in shared memory, barriers not counted (under 1 KB)."""
-        k = self.tile_n * self.head_dim
-        v = self.tile_n * self.head_dim_v if self.with_k else 0
-        rows = self.tile_m * (self.q_stages * self.head_dim + self.do_stages * self.head_dim_v)
-        ds = self.ds_stages * self.tile_n * self.tile_m if self.with_q else 0
-        stats = 4 * self.tile_m * (self.q_stages + self.do_stages)
-        dq = 2 * 4 * 64 * 64 if self.with_q else 0
-        return 2 * (k + v + rows + ds) + stats + dq
+        ds, dq = 2 * self.ds_stages * self.tile_n * self.tile_m, 2 * 4 * 64 * 64
+        return self.operand_bytes + ds + dq
 
     @property
     def worker_registers(self) -> list[int]:
-        return [240, 24, 24, 24] if self.with_q else super().worker_registers
+        return [240, 24, 24, 24]
 
     def __str__(self) -> str:
-        fields = (f.name for f in dataclasses.fields(self) if f.type == "bool")
-        flags = [name for name in fields if getattr(self, name)]
-        policies = (c.__name__ for c in (self.Mask, self.Sequences))
-        return (
-            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, d{', d'.join(self.gradients)}: "
-            f"{NUM_CONSUMERS}x{KEYS} keys x {self.tile_m} rows, {self.q_stages} stages, "
-            f"{', '.join(policies)}, {', '.join(flags) or 'no flags'}, {self.shared_memory // 1024} KB shared"
-        )
+        return self.described(f"{NUM_CONSUMERS}x{KEYS} keys x {self.tile_m} rows, {self.stages} stages")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyGradientConfig(ByKeysConfig):
+    """Compile-time facts of the kernel that makes dK and dV of wide heads, a consumer for each."""
+
+    element: str
+    head_dim: int
+    head_dim_v: int
+    Mask: type
+    Sequences: type
+    Schedule: type
+    softcap: bool = False
+    partial: bool = False
+    stages: int = 2  # of Q, dO and P
+
+    gradients = "kv"
+    tile_n = KEYS
+    tile_m = 64
+    ordered = False  # nothing is added up in global memory
+
+    def check_own_fields(self) -> None:
+        if self.head_dim_v > self.head_dim:
+            dims = f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}"
+            raise ValueError(f"{dims}: dV goes to memory by way of K's tile and does not fit")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: dK goes to memory by way of a free one, 2 or more")
+
+    @cached_property
+    def shared_memory(self) -> int:
+        """Bytes of tiles in shared memory, barriers not counted (under 1 KB)."""
+        return self.operand_bytes + 2 * self.stages * self.tile_n * self.tile_m
+
+    def __str__(self) -> str:
+        return self.described(f"{KEYS} keys x {self.tile_m} rows, {self.stages} stages")
 
 
 @dataclasses.dataclass(frozen=True)
 class QueryGradientConfig(GradientConfig):
-    """Compile-time facts of the kernel that makes dQ alone."""
+    """Compile-time facts of the kernel that makes dQ of wide heads."""
 
     element: str
     head_dim: int
@@ -208,19 +231,9 @@ class QueryGradientConfig(GradientConfig):
     k_stages: int = 2
     v_stages: int = 1
 
-    @property
-    def gradients(self) -> str:
-        return "q"
-
-    @property
-    def tile_n(self) -> int:
-        """Keys of a block."""
-        return 64
-
-    @property
-    def tile_rows(self) -> int:
-        """Query rows of a program."""
-        return NUM_CONSUMERS * 64
+    gradients = "q"
+    tile_n = 64  # keys of a block
+    tile_rows = NUM_CONSUMERS * 64  # query rows of a program
 
     @property
     def q_layout(self):
@@ -245,11 +258,7 @@ class QueryGradientConfig(GradientConfig):
         return 2 * (rows + self.tile_n * (self.k_stages * self.head_dim + self.v_stages * self.head_dim_v))
 
     def __str__(self) -> str:
-        policies = (c.__name__ for c in (self.Mask, self.Sequences))
-        return (
-            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, dq: {NUM_CONSUMERS}x64 rows x "
-            f"{self.tile_n} keys, {', '.join(policies)}, {self.shared_memory // 1024} KB shared"
-        )
+        return self.described(f"{NUM_CONSUMERS}x64 rows x {self.tile_n} keys")
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -258,16 +267,29 @@ _ROWS_OF_A_PROGRAM = 256  # beginning and end of a program take as long as this 
 _ROWS_OF_A_LAUNCH = 200
 _ROWS_PER_BYTE = 29 / 4e6
 
-_NARROW = {
+_NARROW = {  # by width of heads
     64: dict(tile_m=128, packed_ds=True),
     128: dict(tile_m=64),
 }
-_WIDE = (dict(gradients="k", do_stages=1), dict(gradients="v"))
+_WIDE = {  # by width of V
+    64: dict(stages=3),
+    128: dict(stages=3),
+    256: dict(),
+}
+
+
+def _is_wide(spec: AttentionSpec) -> bool:
+    """Whether dK and dV of a consumer's keys are too many registers."""
+    return max(spec.head_dim, spec.head_dim_v) > 128
+
+
+def _keys_of_a_program(spec: AttentionSpec) -> int:
+    return (KeyGradientConfig if _is_wide(spec) else BackwardConfig).tile_n
 
 
 def _ordered(spec: AttentionSpec) -> bool:
     """Whether tiles of keys add to dQ one after the other."""
-    if max(spec.head_dim, spec.head_dim_v) > 128:  # nothing is added
+    if _is_wide(spec):  # nothing is added
         return False
     # beyond so many tiles of keys, numbers drawn from an accumulator's counter would overflow
     return spec.deterministic or spec.seqlen_k >= MAX_UNORDERED_KEYS
@@ -283,9 +305,10 @@ def parts_of_group(spec: AttentionSpec) -> int:
     """
     batch = max(spec.batch, 1)
     rows, keys = spec.total_q / batch, spec.total_k / batch
-    tiles = math.ceil(keys / (NUM_CONSUMERS * KEYS)) * batch * spec.num_kv_heads
+    of_a_program = _keys_of_a_program(spec)
+    tiles = math.ceil(keys / of_a_program) * batch * spec.num_kv_heads
     left, right = (rows if side < 0 else side for side in (spec.window.left, spec.window.right))
-    longest = min(rows, left + right + NUM_CONSUMERS * KEYS)
+    longest = min(rows, left + right + of_a_program)
     mean = longest / 2 if (spec.window.left < 0) != (spec.window.right < 0) else longest
     part_bytes = 4 * spec.total_k * spec.num_kv_heads * (spec.head_dim + spec.head_dim_v)
 
@@ -307,33 +330,29 @@ def parts_of_group(spec: AttentionSpec) -> int:
 
 def backward_configs(
     spec: AttentionSpec, copies_operands: bool = COPIES_OPERANDS
-) -> tuple[tuple[BackwardConfig, ...], QueryGradientConfig | None]:
-    """The compile-time configurations for a question that the gluon backend accepts: of the launches that go
+) -> tuple[BackwardConfig | KeyGradientConfig, QueryGradientConfig | None]:
+    """The compile-time configurations for a question that the gluon backend accepts: of the launch that goes
     by keys, and of the one that goes by queries if there is one.
 
     `copies_operands`: of the Triton that compiles it, see device/gluon.py.
     """
-    mask = without_edges(mask_of(spec), spec, NUM_CONSUMERS * KEYS)
+    mask = without_edges(mask_of(spec), spec, _keys_of_a_program(spec))
     head_dim, head_dim_v = tile_width(spec.head_dim), tile_width(spec.head_dim_v)
-    wide = max(head_dim, head_dim_v)
-    if wide == 128:
-        head_dim = head_dim_v = 128
-    if wide > 128:
-        head_dim = 256
+    widest = max(head_dim, head_dim_v)
     shared = dict(
         element="bf16" if spec.dtype == torch.bfloat16 else "fp16",
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
+        head_dim=widest,
+        head_dim_v=head_dim_v if _is_wide(spec) else widest,
         Mask=mask,
         Sequences=Varlen if spec.varlen else Dense,
         Schedule=VarlenTiles if spec.varlen else DenseTiles,
         softcap=spec.softcap > 0.0,
     )
     partial = parts_of_group(spec) > 1
-    if wide > 128:
-        by_keys = (BackwardConfig(**shared, **choice, partial=partial) for choice in _WIDE)
-        return tuple(by_keys), QueryGradientConfig(**shared)
+    if _is_wide(spec):
+        by_keys = KeyGradientConfig(**shared, **_WIDE[head_dim_v], partial=partial)
+        return by_keys, QueryGradientConfig(**shared)
     # worth 3% at 512 tokens; with two copies of operands, or three loops, registers do not suffice for it
     first_apart = not copies_operands and not mask.has_left_edge.value
     flags = dict(ordered=_ordered(spec), partial=partial, first_apart=first_apart)
-    return (BackwardConfig(**shared, **_NARROW[wide], **flags),), None
+    return BackwardConfig(**shared, **_NARROW[widest], **flags), None

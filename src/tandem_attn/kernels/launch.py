@@ -96,7 +96,7 @@ def describe(spec: AttentionSpec) -> str:
     from tandem_attn.kernels.config_backward import backward_configs
 
     by_keys, by_queries = backward_configs(spec)
-    gradients = [str(config) for config in (*by_keys, by_queries) if config is not None]
+    gradients = [str(config) for config in (by_keys, by_queries) if config is not None]
     return "; ".join([str(forward_config(spec)), *gradients])
 
 

@@ -2,7 +2,8 @@
 
 A `BackwardPlan` is made once per question. A call allocates the gradients and a workspace (two numbers per
 row and head, and up to head_dim 128 dQ in float32), and launches `prepare_rows`; then up to head_dim 128 one
-kernel for all gradients and `finish_rows`, above one kernel each; and for packed sequences `clear_padding`.
+kernel for all gradients and `finish_rows`, above one for dK and dV and one for dQ; and for packed sequences
+`clear_padding`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tandem_attn.device import accumulate
 from tandem_attn.device.division import division_magic
 from tandem_attn.device.sequence import PADDING
 from tandem_attn.kernels.backward import attention_backward
+from tandem_attn.kernels.backward_keys import key_gradients
 from tandem_attn.kernels.backward_queries import query_gradient
 from tandem_attn.kernels.backward_rows import (
     SUMMED_ROWS,
@@ -27,6 +29,7 @@ from tandem_attn.kernels.backward_rows import (
 from tandem_attn.kernels.config_backward import (
     KEYS,
     BackwardConfig,
+    KeyGradientConfig,
     QueryGradientConfig,
     backward_configs,
     parts_of_group,
@@ -45,7 +48,9 @@ CLEARERS = 16  # programs per gap between sequences
 CHUNK = accumulate.CHUNK.value
 
 
-def backward_boxes(config: BackwardConfig | QueryGradientConfig) -> dict[str, tuple[list[int], object, str]]:
+def backward_boxes(
+    config: BackwardConfig | KeyGradientConfig | QueryGradientConfig,
+) -> dict[str, tuple[list[int], object, str]]:
     """TMA box, shared-memory layout and element type of each descriptor of a backward kernel."""
 
     def box(rows: int, cols: int):
@@ -64,9 +69,10 @@ def backward_boxes(config: BackwardConfig | QueryGradientConfig) -> dict[str, tu
         "k_desc": box(KEYS, config.head_dim),
         "v_desc": box(KEYS, config.head_dim_v),
         "do_desc": box(config.tile_m, config.head_dim_v),
-        "dq_desc": ([128, 32], config.dq_layout, "fp32"),
-        "stat_desc": ([config.tile_m], config.stat_layout, "fp32"),
     }
+    if config.with_q:
+        boxes["dq_desc"] = [128, 32], config.dq_layout, "fp32"
+    boxes["stat_desc"] = [config.tile_m], config.stat_layout, "fp32"
     if not config.partial:
         boxes |= {"dk_out": box(KEYS, config.head_dim), "dv_out": box(KEYS, config.head_dim_v)}
     return boxes
@@ -113,7 +119,7 @@ class BackwardPlan:
         else:
             self.padded_rows = self.longest = _padded(spec.seqlen_q)
         self.stat_rows = (1 if spec.varlen else spec.batch) * spec.num_heads * self.padded_rows
-        self.chunks = self.stat_rows * self.by_keys[0].head_dim // CHUNK**2 if self.by_keys[0].with_q else 0
+        self.chunks = self.stat_rows * self.by_keys.head_dim // CHUNK**2 if self.by_keys.with_q else 0
         self.lengths = (spec.total_q, spec.total_k) if spec.varlen else (spec.seqlen_q, spec.seqlen_k)
         self.row_blocks = self.longest // CHUNK
         self.row_grid = (self.row_blocks * spec.num_heads * spec.batch, 1, 1)
@@ -132,7 +138,7 @@ class BackwardPlan:
 
     def _shapes_of_parts(self) -> list[tuple[int, ...]]:
         """(keys of KV heads, parts, columns) of dK and dV where they are added up later."""
-        config, rows = self.by_keys[0], self.spec.total_k * self.spec.num_kv_heads
+        config, rows = self.by_keys, self.spec.total_k * self.spec.num_kv_heads
         widths = (config.head_dim, config.head_dim_v) if config.partial else ()
         return [(rows, self.parts, width) for width in widths]
 
@@ -154,8 +160,7 @@ class BackwardPlan:
         )
         self._prepare_rows(stream, out, dout, clean, lse, dlse, space, pointers)
         dout = dout if clean is None else clean
-        for config in self.by_keys:
-            self._launch_by_keys(config, stream, (q, k, v, dout), (dk, dv), space, pointers)
+        self._launch_by_keys(stream, (q, k, v, dout), (dk, dv), space, pointers)
         if self.parts > 1:
             self._sum_parts(stream, space, dk, dv)
         if self.by_queries is None:
@@ -207,7 +212,7 @@ class BackwardPlan:
         tensors = (out, dout, clean, lse, dlse, space.statistics, space.counters, *pointers)
         numbers = (self.row_blocks, spec.num_heads, *self.lengths, self.padded_rows, self.stat_rows)
         strides = (*_three_strides(out), *_three_strides(dout))
-        rest = (*numbers, *strides, spec.head_dim_v // 8, self.by_keys[0])
+        rest = (*numbers, *strides, spec.head_dim_v // 8, self.by_keys)
         self._launch(
             ("prepare", clean is None, dlse is None), prepare_rows, self.row_grid, stream, tensors, rest
         )
@@ -215,7 +220,7 @@ class BackwardPlan:
     def _finish_rows(self, stream, accumulator, dq, pointers) -> None:
         spec = self.spec
         numbers = (self.row_blocks, spec.num_heads, *self.lengths, self.padded_rows, spec.head_dim // 8)
-        rest = (*numbers, spec.softmax_scale, self.by_keys[0])
+        rest = (*numbers, spec.softmax_scale, self.by_keys)
         tensors = (accumulator, dq, *pointers)
         self._launch(("finish",), finish_rows, self.row_grid, stream, tensors, rest, launch_pdl=True)
 
@@ -229,7 +234,7 @@ class BackwardPlan:
 
     def _numbers_by_keys(self) -> tuple[int, tuple]:
         """(programs, scalar arguments) of a launch by keys."""
-        spec, tile_n = self.spec, self.by_keys[0].tile_n
+        spec, tile_n = self.spec, self.by_keys.tile_n
         num_parts = spec.num_kv_heads * self.parts
         programs, places, magics = self._tiles(num_parts, spec.seqlen_k, spec.total_k, tile_n)
         lengths = (*self.lengths, *window_numbers(spec.window))
@@ -244,17 +249,18 @@ class BackwardPlan:
         question = (spec.batch, spec.num_heads, *self.lengths, *window_numbers(spec.window))
         return programs, (*question, self.padded_rows, self.stat_rows, places, *magics, *self.scales)
 
-    def _launch_by_keys(
-        self, config: BackwardConfig, stream, operands: tuple, grads: tuple, space: Workspace, pointers
-    ) -> None:
-        accumulator = space.statistics.view(-1, 32) if space.accumulator is None else space.accumulator
-        described = (*operands, accumulator, space.statistics, *(() if space.parts else grads))
-        tensors, rest = (*space.parts, space.counters, *pointers), (*self.numbers_by_keys, config)
-        key = ("keys", config.gradients, operands[3].stride())
+    def _launch_by_keys(self, stream, operands: tuple, grads: tuple, space: Workspace, pointers) -> None:
+        config = self.by_keys
+        accumulator = (space.accumulator,) if config.with_q else ()
+        counters = (space.counters,) if config.with_q else ()
+        described = (*operands, *accumulator, space.statistics, *(() if space.parts else grads))
+        tensors, rest = (*space.parts, *counters, *pointers), (*self.numbers_by_keys, config)
+        key = ("keys", operands[3].stride())
         maps = (described, lambda: self._descriptors(config, described))
         options = dict(maxnreg=config.maxnreg, launch_pdl=True)
         grid = (self.programs_by_keys, 1, 1)
-        self._launch(key, attention_backward, grid, stream, tensors, rest, maps, **options)
+        kernel = attention_backward if config.with_q else key_gradients
+        self._launch(key, kernel, grid, stream, tensors, rest, maps, **options)
 
     def _launch_by_queries(self, stream, operands: tuple, space: Workspace, pointers) -> None:
         config = self.by_queries
@@ -268,7 +274,7 @@ class BackwardPlan:
     def _sum_parts(self, stream, space: Workspace, dk, dv) -> None:
         rows = self.spec.total_k * self.spec.num_kv_heads
         tensors = (*space.parts, dk, dv)
-        rest = (rows, self.parts, self.spec.head_dim // 8, self.spec.head_dim_v // 8, self.by_keys[0])
+        rest = (rows, self.parts, self.spec.head_dim // 8, self.spec.head_dim_v // 8, self.by_keys)
         grid = (-(-rows // SUMMED_ROWS.value), 1, 1)
         self._launch(("sum",), sum_parts, grid, stream, tensors, rest, launch_pdl=True)
 
@@ -278,8 +284,8 @@ class BackwardPlan:
         rows = heads if spec.varlen else spec.batch * heads
         blocks = -(-longest // size)
         together = min(ROWS_TOGETHER, rows)
-        if self.by_keys[0].ordered:
-            tiles = ORDERED_WINDOW_TILES if self.by_keys[0].Mask.has_left_edge.value else ORDERED_TILES
+        if self.by_keys.ordered:
+            tiles = ORDERED_WINDOW_TILES if self.by_keys.Mask.has_left_edge.value else ORDERED_TILES
             together = max(1, min(together, tiles // blocks))
         divisors = (heads, together, rows % together or together, together * blocks)
         programs = tiles_bound(spec, heads, longest, total, size)

@@ -20,8 +20,15 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from tandem_attn.kernels import backward_rows
 from tandem_attn.kernels.backward import attention_backward
+from tandem_attn.kernels.backward_keys import key_gradients
 from tandem_attn.kernels.backward_queries import query_gradient
-from tandem_attn.kernels.config_backward import KEYS, NUM_CONSUMERS, BackwardConfig, QueryGradientConfig
+from tandem_attn.kernels.config_backward import (
+    KEYS,
+    NUM_CONSUMERS,
+    BackwardConfig,
+    KeyGradientConfig,
+    QueryGradientConfig,
+)
 from tandem_attn.kernels.launch_backward import backward_boxes
 from tandem_attn.testing.compile import Report, command_line, compiled, descriptor_type, explained, one_line
 from tandem_attn.testing.shipped_backward import Variant, variants
@@ -29,6 +36,11 @@ from tandem_attn.testing.shipped_backward import Variant, variants
 # pointers to 16-bit elements
 OF_ELEMENTS = ("out_ptr", "dout_ptr", "clean_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "ptr")
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens")  # of packed sequences
+KERNELS = {
+    BackwardConfig: attention_backward,
+    KeyGradientConfig: key_gradients,
+    QueryGradientConfig: query_gradient,
+}
 WAITS_FOR_ROWS = ("", "finish_rows", "sum_parts")  # kernels that start while those before them end
 
 
@@ -44,7 +56,7 @@ def kernel_of(variant: Variant):
     """The jit function."""
     if variant.of_rows:
         return getattr(backward_rows, variant.of_rows)
-    return attention_backward if isinstance(variant.config, BackwardConfig) else query_gradient
+    return {"qkv": attention_backward, "kv": key_gradients, "q": query_gradient}[variant.config.gradients]
 
 
 def options_of(variant: Variant) -> dict:
@@ -121,36 +133,26 @@ def accesses(ptx: str) -> dict[str, int]:
     return dict(collections.Counter(".".join(kind) for kind in found))
 
 
-def products_per_block(config: BackwardConfig | QueryGradientConfig) -> int:
-    """wgmma of a consumer per block, each of 16 columns, rows or keys: S, dP, and the gradients."""
-    if isinstance(config, QueryGradientConfig):
-        return (config.head_dim + config.head_dim_v + config.tile_n) // 16
-    scores = config.head_dim + (config.head_dim_v if config.with_k else 0)
-    gradients = config.tile_m * (config.with_k + config.with_v)
-    return (scores + gradients) // 16 + (products_of_dq() if config.with_q else 0)
-
-
-def products_of_dq() -> int:
-    """wgmma of a consumer for its half of dQ: it sums over the keys of both."""
-    return NUM_CONSUMERS * KEYS // 16
-
-
-def exponentials_per_block(config: BackwardConfig | QueryGradientConfig) -> int:
-    """One per score: 64 keys by a block of rows, or 64 rows by a block of keys, for 128 threads."""
-    return (config.tile_n if isinstance(config, QueryGradientConfig) else config.tile_m) // 2
-
-
-def expected_loops(config: BackwardConfig | QueryGradientConfig) -> collections.Counter:
+def expected_loops(config: BackwardConfig | KeyGradientConfig | QueryGradientConfig) -> collections.Counter:
     """(wgmma, exponentials) of each loop over blocks: how many such loops there are.
 
-    One per consumer and kind of block: whole, and masked at either edge. Where the second consumer skips,
-    it has one more, without exponentials: scores ahead, and dQ.
+    wgmma take 16 columns, rows or keys at a time, exponentials are one per score and 128 threads. There is
+    a loop per consumer and kind of block: whole, and masked at either edge. But who makes dK alone has one,
+    without exponentials, and so has the second consumer of all gradients where it skips: for scores and dQ.
     """
     kinds = 1 + config.Mask.masks.value + config.Mask.has_left_edge.value
-    loops = {(products_per_block(config), exponentials_per_block(config)): kinds * NUM_CONSUMERS}
-    if isinstance(config, BackwardConfig) and config.skips:
-        loops[config.head_dim // 16 + products_of_dq(), 0] = 1
-    return collections.Counter(loops)
+    scores, dp = config.head_dim // 16, config.head_dim_v // 16
+    if isinstance(config, QueryGradientConfig):
+        return collections.Counter({(scores + dp + config.tile_n // 16, config.tile_n // 2): kinds * 2})
+    dk = dv = config.tile_m // 16
+    exponentials = config.tile_m // 2
+    if isinstance(config, KeyGradientConfig):
+        return collections.Counter({(scores + dv, exponentials): kinds, (dp + dk, 0): 1})
+    dq = NUM_CONSUMERS * KEYS // 16  # a half of it, over the keys of both
+    loops = collections.Counter({(scores + dp + dk + dv + dq, exponentials): kinds * NUM_CONSUMERS})
+    if config.skips:
+        loops[scores + dq, 0] = 1
+    return loops
 
 
 def _report_by_name(name: str) -> tuple[str, dict]:

@@ -340,8 +340,9 @@ def _pointer(x) -> Pointer | None:
     return None if x is None else Pointer(np.asarray(x))
 
 
-def launch_by_keys(plan: BackwardPlan, config, memory: GlobalMemory, limit: int) -> Launch:
-    """Of attention_backward, `limit` programs at a time."""
+def launch_by_keys(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> Launch:
+    """Of attention_backward or key_gradients, `limit` programs at a time."""
+    config = plan.by_keys
     boxes = {name: box for name, (box, *_) in backward_boxes(config).items()}
     arguments = {
         f"{name}_desc": _descriptor(
@@ -351,7 +352,7 @@ def launch_by_keys(plan: BackwardPlan, config, memory: GlobalMemory, limit: int)
     }
     stat = ((memory.statistics.size,), (1,))
     arguments["stat_desc"] = _descriptor(memory.statistics, stat, boxes["stat_desc"], True)
-    arguments["dq_desc"] = Accumulator(memory.accumulator, config.ordered) if config.with_q else None
+    arguments["dq_desc"] = Accumulator(memory.accumulator, config.ordered)
     for name in ("dk", "dv"):
         x = memory.gradients[name]
         if config.partial:
@@ -361,7 +362,8 @@ def launch_by_keys(plan: BackwardPlan, config, memory: GlobalMemory, limit: int)
             arguments[f"{name}_out"] = _descriptor(x.reshape(-1), geometry, boxes[f"{name}_out"])
     arguments["counters"] = Pointer(memory.counters)
     arguments |= {name: _pointer(x) for name, x in zip(NAMES_OF_LENGTHS, memory.lengths, strict=True)}
-    where = ("kernels.backward", "attention_backward", plan.programs_by_keys)
+    kernel = ("backward", "attention_backward") if config.with_q else ("backward_keys", "key_gradients")
+    where = (f"kernels.{kernel[0]}", kernel[1], plan.programs_by_keys)
     return Launch(config, *where, arguments, plan.numbers_by_keys, (), Residents(limit))
 
 

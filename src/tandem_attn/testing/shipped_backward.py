@@ -15,7 +15,12 @@ import torch
 from tandem_attn.device.gluon import COPIES_OPERANDS
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.sequence import Dense, Varlen
-from tandem_attn.kernels.config_backward import BackwardConfig, QueryGradientConfig, backward_configs
+from tandem_attn.kernels.config_backward import (
+    BackwardConfig,
+    ByKeysConfig,
+    GradientConfig,
+    backward_configs,
+)
 from tandem_attn.testing.shipped import WINDOWS, question, unusual_fields
 
 LENGTHS = (128, 1000, 4096)  # whole tiles of keys and not
@@ -31,7 +36,7 @@ class Variant:
     """One kernel: a configuration, which arguments that may be None are given, and which kernel of
     kernels/backward_rows.py it is if it is one of those."""
 
-    config: BackwardConfig | QueryGradientConfig
+    config: GradientConfig
     given: tuple[str, ...] = ()
     of_rows: str = ""
 
@@ -52,9 +57,9 @@ def configs(
     deterministic: bool = False,
     num_kv_heads: int | None = None,
     copies_operands: bool = COPIES_OPERANDS,
-) -> list[BackwardConfig | QueryGradientConfig]:
+) -> list[GradientConfig]:
     """All configurations for one element type, each once, always in the same order."""
-    found: dict[BackwardConfig | QueryGradientConfig, None] = {}
+    found: dict[GradientConfig, None] = {}
     for dims, window, varlen, length in itertools.product(
         HEAD_SHAPES, WINDOWS.values(), (False, True), LENGTHS
     ):
@@ -62,7 +67,7 @@ def configs(
         spec = question(*dims, length, **asked)
         spec = dataclasses.replace(spec, deterministic=deterministic)
         by_keys, by_queries = backward_configs(spec, copies_operands)
-        found |= dict.fromkeys((*by_keys, *([by_queries] if by_queries else [])))
+        found |= dict.fromkeys(c for c in (by_keys, by_queries) if c)
     return list(found)
 
 
@@ -86,13 +91,11 @@ def variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
     for c in made(torch.float16) + made(softcap=30.0):
         extra = (NoMask, Dense) if c.element == "fp16" else (WindowMask, Varlen)
         wide = (256, 128) if c.element == "fp16" else (256, 256)
-        usual = _kind(c) == (CausalMask, Dense) and (_shape(c) == wide or c.gradients == "qkv")
+        usual = _kind(c) == (CausalMask, Dense) and (_shape(c) == wide or isinstance(c, BackwardConfig))
         if usual or (_kind(c) == extra and _shape(c) == (128, 128)):
             shipped.append(Variant(c))
     packed = [c for c in made() if _kind(c) == (CausalMask, Varlen)]
-    shipped += [
-        Variant(c, USED) for c in packed if c.gradients != "v" and _shape(c) in ((128, 128), (256, 128))
-    ]
+    shipped += [Variant(c, USED) for c in packed if _shape(c) in ((128, 128), (256, 128))]
     return shipped + variants_of_rows(made)
 
 
@@ -101,7 +104,7 @@ def variants_of_rows(made: Callable[..., list]) -> list[Variant]:
 
     `made`: `configs`, for some Triton.
     """
-    by_keys = [c for c in made() if c.gradients in ("qkv", "k")]
+    by_keys = [c for c in made() if isinstance(c, ByKeysConfig)]
     dense = [c for c in by_keys if _kind(c) == (CausalMask, Dense)]
     packed = [c for c in by_keys if _kind(c) == (CausalMask, Varlen)]
     given = ("clean_ptr", "dlse_ptr", *USED)
@@ -109,7 +112,7 @@ def variants_of_rows(made: Callable[..., list]) -> list[Variant]:
     shipped += [Variant(c, given, "prepare_rows") for c in packed]
     shipped += [Variant(c, (), "finish_rows") for c in dense if c.with_q]
     shipped += [Variant(c, USED, "finish_rows") for c in packed if c.with_q]
-    few = [c for c in made(num_kv_heads=1) if c.gradients in ("qkv", "k") and c.partial]
+    few = [c for c in made(num_kv_heads=1) if isinstance(c, ByKeysConfig) and c.partial]
     shipped += [Variant(c, (), "sum_parts") for c in few if _kind(c) == (CausalMask, Dense)]
     return shipped + [Variant(packed[0], used, "clear_padding") for used in ((), ("seqused",))]
 
@@ -133,9 +136,9 @@ def distinct_variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
     return shipped
 
 
-def _shape(config: BackwardConfig | QueryGradientConfig) -> tuple[int, int]:
+def _shape(config: GradientConfig) -> tuple[int, int]:
     return config.head_dim, config.head_dim_v
 
 
-def _kind(config: BackwardConfig | QueryGradientConfig) -> tuple[type, type]:
+def _kind(config: GradientConfig) -> tuple[type, type]:
     return config.Mask, config.Sequences

@@ -1,0 +1,120 @@
+"""What the two backward kernels share that go by keys: a program's tile of keys, which blocks of query rows
+see it, and how its operands come and its gradients go.
+
+Scores are transposed, S^T = K Q^T: then P^T and dS^T are wgmma operands straight from registers, and dK and
+dV of a tile of keys stay in registers to the end.
+"""
+
+from tandem_attn.device.gluon import (
+    aggregate,
+    base_value,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_load,
+    tma_store,
+    warpgroup_mma,
+)
+
+
+@aggregate
+class Problem:
+    """What the caller asked for."""
+
+    num_parts: gl.tensor  # KV heads by the parts that their query heads are taken in
+    heads: gl.tensor  # query heads of a part
+    padded_rows: gl.tensor  # of dQ's accumulator and the row statistics, per head or batch and head
+    delta_start: gl.tensor  # where delta begins in the row statistics, after lse
+    scale: gl.tensor  # of dQ and dK
+    scale_log2: gl.tensor  # score (or capped score) to exponent of 2
+    inner_scale: gl.tensor  # softmax_scale / softcap
+    config: gl.constexpr  # BackwardConfig or KeyGradientConfig
+
+
+@aggregate
+class Tile:
+    """The keys of a program and the blocks of query rows that see them: begin to end - 1."""
+
+    sequence: base_value  # DenseSequence or PackedSequence
+    index: gl.tensor  # of the sequence in the batch
+    mask: base_value
+    part: gl.tensor  # these query heads
+    kv_head: gl.tensor
+    n_start: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+    whole_begin: gl.tensor  # of which whole_begin to whole_end - 1 see all keys
+    whole_end: gl.tensor
+    count: gl.tensor  # blocks of all query heads of the part together
+    turn: gl.tensor  # where all blocks are alike: begin with this one
+
+    @gluon.jit
+    def block(self, m):
+        """Block to visit as number m. Programs that run side by side then add to different rows of dQ."""
+        m += self.turn
+        return m - gl.where(m >= self.end, self.end, 0)
+
+    @gluon.jit
+    def statistics(self, problem, g):
+        """First row, in the padded row statistics, of query head g of the part."""
+        num_heads = problem.num_parts * problem.heads
+        head = self.part * problem.heads + g
+        return self.sequence.padded_row(self.index, head, num_heads, problem.padded_rows)
+
+
+@gluon.jit
+def make_tile(problem, sequence, index, block, part, parts, window_left, window_right):
+    """Tile number `block` of a part of a sequence, as the schedule counts."""
+    c: gl.constexpr = problem.config.static
+    mask = c.Mask(sequence.seqlen_q, sequence.seqlen_k, window_left, window_right)
+    # The schedule begins with the last blocks. Where keys add to dQ in order, that lets each tile of keys
+    # run two blocks behind the one it waits for; else the long ones, which are the first, go first.
+    if not c.ordered:
+        block = (sequence.seqlen_k + (c.tile_n - 1)) // c.tile_n - 1 - block
+    n_start = block * c.tile_n
+    begin, end, whole_begin, whole_end = mask.query_blocks(n_start, n_start + c.tile_n, c.tile_m)
+    turn = begin * 0
+    if c.rotates:
+        turn = n_start // c.tile_m % gl.maximum(end, 1)
+    kv_head = part // parts if c.partial else part
+    count = (end - begin) * problem.heads
+    return Tile(sequence, index, mask, part, kv_head, n_start, gl.to_tensor(begin), end,
+                gl.to_tensor(whole_begin), whole_end, count, gl.to_tensor(turn))  # fmt: skip
+
+
+@gluon.jit
+def start_transposed(problem, keys, rows):
+    """Start S^T = K Q^T or dP^T = V dO^T, of 64 keys and a block of rows."""
+    c: gl.constexpr = problem.config.static
+    zero = gl.zeros([64, c.tile_m], gl.float32, c.s_accumulator)
+    return warpgroup_mma(keys, rows.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def load_keys(full, smem, desc, tile):
+    """Start the loads of K or V, 64 keys at a time."""
+    halves: gl.constexpr = smem.shape[0]
+    mbarrier.expect(full, halves * desc.block_type.nbytes)
+    for half in gl.static_range(halves):
+        coords = tile.sequence.coords("k", tile.kv_head, tile.n_start + 64 * half, 0)
+        tma_load(desc, coords, full, smem.index(half).reshape(desc.block_type.shape))
+
+
+@gluon.jit
+def store_keys(problem, tile, n_start, smem, x, out):
+    """dK or dV of the 64 keys from n_start on: rounded, by shared memory and TMA; or in float32 where
+    `sum_parts` of kernels/backward_rows.py follows."""
+    c: gl.constexpr = problem.config.static
+    if c.partial:
+        layout: gl.constexpr = x.type.layout
+        width: gl.constexpr = x.shape[1]
+        row = n_start + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        at = tile.sequence.swapped().row_of_all(row) * problem.num_parts + tile.part
+        to = out + (at * width)[:, None] + gl.arange(0, width, gl.SliceLayout(0, layout))[None, :]
+        gl.store(to, x, mask=(row < tile.sequence.seqlen_k)[:, None])
+    else:
+        smem.store(x.to(c.dtype))
+        fence_async_shared()
+        coords = tile.sequence.coords("k", tile.kv_head, n_start, 0)
+        tma_store(out, coords, smem.reshape(out.block_type.shape))
