@@ -22,7 +22,7 @@ def swapped(first: str, second: str) -> dict[str, str]:
 
 LOADS_Q = (
     "            shared.q.acquire(i)\n"
-    "            shared.q.fill(i, q_desc, stat_desc, coords, lse + problem.delta_start)\n"
+    "            shared.q.fill(i, q_desc, stat_desc, tile.sequence, head, row, lse + problem.delta_start)\n"
 )
 FAULTS = {  # piece of source: what stands there instead
     "rows are not handed back": {"(dk, dv, s))\n    shared.q.release(i)\n": "(dk, dv, s))\n"},
@@ -31,8 +31,7 @@ FAULTS = {  # piece of source: what stands there instead
     ),
     "rows are overwritten before they are handed back": {"            shared.q.acquire(i)\n": ""},
     "one consumer's release counts for both": {"barriers(c.stages, 2)": "barriers(c.stages, 1)"},
-    "Q is not waited for": {"q = shared.q.wait(i)": "q = shared.q.tile(i)"},
-    "dO is not waited for": {"do = shared.do.wait(i)": "do = shared.do.tile(i)"},
+    "rows are not waited for": {"    ring.wait(i)\n": ""},
     "K is not waited for": {"    mbarrier.wait(shared.kv_full.index(0), 0)\n": ""},
     "V is not waited for": {"mbarrier.wait(shared.kv_full.index(1), 0)": "pass"},
     "causal: a skipped block is not handed back": {"(started,))\n    shared.q.release(i)": "(started,))"},
@@ -53,10 +52,10 @@ FAULTS = {  # piece of source: what stands there instead
     "dK is staged in the stage that is still read": {"gl.maximum(tile.count, 1) %": "(tile.count + 1) %"},
     "dK is staged in K": {"smem = _free_stage(shared, group, tile)": "smem = shared.k.index(group)"},
     "dK and dV are staged without a fence": {
-        "(x.to(c.dtype))\n        fence_async_shared()": "(x.to(c.dtype))"
+        "(x.to(config.dtype))\n        fence_async_shared()": "(x.to(config.dtype))"
     },
     "a consumer leaves before dK and dV have been read": {"dq)\n    tma_store_wait(0)\n": "dq)\n"},
-    "a half of dK goes to the other": {"64 * group\n    store_keys": "64 - 64 * group\n    store_keys"},
+    "a half of dK goes to the other": {"64 * group\n    smem": "64 - 64 * group\n    smem"},
     "row statistics before they are there": {"gdc_wait()  # for the row": "# for the row"},
     "counters before they are zero": {"    gdc_wait()  # counters are zero\n": ""},
     "packed: a program without keys does not wait": {"gdc_wait()  # so that the end": "pass  # so"},
@@ -90,10 +89,10 @@ FAULTS = {  # piece of source: what stands there instead
     "parts: a part is taken for another": {"self.part * problem.heads": "self.kv_head * problem.heads"},
     "parts: parts go to one place": {"problem.num_parts + tile.part": "problem.num_parts + tile.kv_head"},
     "keys: Q is handed back while dK is computed": swapped(
-        "        dk = warpgroup_mma_wait(1, deps=(dk,))\n", "        shared.q.release(i)\n"
+        "        dk = _finished(c.v_chunks, started, shared.q)\n", "        shared.q.release(i)\n"
     ),
     "keys: dO is handed back while dV is computed": swapped(
-        "        dv = warpgroup_mma_wait(1, deps=(dv,))\n", "        shared.do.release(i)\n"
+        "        dv = _finished(c.qk_chunks, started, shared.do)\n", "        shared.do.release(i)\n"
     ),
     "keys: Q is not handed back": {"        shared.q.release(i)\n": ""},
     "keys: dO is not handed back": {"        shared.do.release(i)\n": ""},
@@ -110,36 +109,42 @@ FAULTS = {  # piece of source: what stands there instead
     ),
     "keys: Q is handed back before P is taken": {
         "    ds = (_take": "    shared.q.release(i)\n    ds = (_take",
-        "        dk = warpgroup_mma_wait(1, deps=(dk,))\n        shared.q.release(i)\n":
-        "        dk = warpgroup_mma_wait(1, deps=(dk,))\n",
+        "        shared.q.release(i)\n": "",
     },
     "keys: scores after the last": {"c.Mask.masks, True)\n": "c.Mask.masks)\n"},
     "keys: dP after the last": {"tile.count - 1, dp, dk, True)": "tile.count - 1, dp, dk)"},
     "keys: lse and delta change places": {
-        "coords, lse + problem.delta_start)": "coords, lse)",
-        "do_desc, stat_desc, coords, lse)": "do_desc, stat_desc, coords, lse + problem.delta_start)",
+        "head, row, lse + problem.delta_start)": "head, row, lse)",
+        "do_desc, stat_desc, tile.sequence, head, row, lse)":
+        "do_desc, stat_desc, tile.sequence, head, row, lse + problem.delta_start)",
     },
     "keys: dV is staged where dP is made from": {"reinterpreted(shared.k": "reinterpreted(shared.v"},
     "keys: dK is staged where scores are made from": {
-        "shared.q.smem.index(gl.maximum(tile.count, 1) % c.stages)": "shared.k.index(0)"
+        "shared.q.chunk(gl.maximum(tile.count, 1), n)": "shared.k.index(n)"
     },
-    "keys: dK is staged where the first Q lands": {"gl.maximum(tile.count, 1) %": "tile.count %"},
-    "keys: dV leaves before it has been read": {"dv, dv_out)\n    tma_store_wait(0)\n": "dv, dv_out)\n"},
+    "keys: dK is staged where the first Q lands": {"gl.maximum(tile.count, 1), n)": "tile.count, n)"},
+    "keys: dV leaves before it has been read": {"c.v_chunks)\n    tma_store_wait(0)\n": "c.v_chunks)\n"},
     "keys: dK leaves before it has been read": {
-        "problem.scale, dk_out)\n    tma_store_wait(0)\n": "problem.scale, dk_out)\n"
+        "n, c.qk_chunks)\n    tma_store_wait(0)\n": "n, c.qk_chunks)\n"
     },
     "keys: row statistics before they are there": {"gdc_wait()  # for the row": "# for the row"},
     "keys: a program without keys does not wait": {"gdc_wait()  # so that the end": "pass  # so"},
-    "queries: K is handed back while dQ is computed": swapped(
-        "    dq = warpgroup_mma_wait(0, deps=(dq,))\n", "    shared.k.release(i)\n"
-    ),
+    "queries: K is handed back while dQ is computed": {
+        "    dq = warpgroup_mma_wait(0, deps=started)\n":
+        "    shared.k.release(i)\n    dq = warpgroup_mma_wait(0, deps=started)\n",
+        "        dq = (dq,)\n    shared.k.release(i)\n": "        dq = (dq,)\n",
+    },
     "queries: V is handed back while dP is computed": swapped(
         "    dp = warpgroup_mma_wait(0, deps=(dp,))\n", "    shared.v.release(u)\n"
     ),
-    "queries: K is not waited for": {"    shared.k.wait(i)\n": ""},
+    "queries: keys are not waited for": {"    ring.wait(i)\n": ""},
     "queries: rows are not waited for": {"    mbarrier.wait(shared.rows_full.index(group), 0)\n": ""},
-    "queries: dQ is staged without a fence": {"dq.to(c.dtype))\n    fence_async_shared()": "dq)"},
-    "queries: dQ is staged in the other's Q": {"m = shared.q.index(group)": "m = shared.q.index(1 - group)"},
+    "queries: dQ is staged without a fence": {
+        "finished.to(c.dtype))\n        fence_async_shared()": "finished.to(c.dtype))"
+    },
+    "queries: dQ is staged in the other's Q": {
+        "smem = shared.q.index(group *": "smem = shared.q.index((1 - group) *"
+    },
     "queries: a consumer leaves before its dQ has been read": {"    tma_store_wait(0)\n": ""},
     "queries: row statistics before they are there": {"    gdc_wait()\n    at =": "    at ="},
     "queries: dO before it is there": {"        gdc_wait()  # dO may": "        # dO may"},
@@ -156,7 +161,7 @@ KINDS = {
     "packed": dict(varlen=True),
     "parts": dict(heads=(1, 2, 2), parts=2),
     "keys": dict(dims=(256, 256)),
-    "queries": dict(dims=(192, 128)),
+    "queries": dict(dims=(256, 256)),
     BLIND: dict(window=Window(70, 0), seqlens=(20, 300)),
     TWO_BUFFERS: dict(kind=LooseConfig, ds_stages=2),
 }

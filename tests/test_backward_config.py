@@ -59,7 +59,7 @@ def all_configs(spec):
     "fields, complaint",
     [
         (dict(head_dim=96), "head_dim 96"),
-        (dict(head_dim_v=192), "head_dim_v 192"),
+        (dict(head_dim_v=192), "no split of dQ"),
         (dict(tile_m=32), "tile_m=32"),
         (dict(head_dim=64, head_dim_v=64, tile_m=64), "no split of dQ"),  # 4096 elements: none for a consumer
         (dict(head_dim=256, tile_m=128), "no split of dQ"),
@@ -78,7 +78,7 @@ def test_impossible_configurations_are_refused(fields, complaint):
 @pytest.mark.parametrize(
     "fields, complaint",
     [
-        (dict(head_dim=192), "head_dim 192"),
+        (dict(head_dim=96), "head_dim 96"),
         (dict(head_dim_v=8), "head_dim_v 8"),
         (dict(head_dim_v=256), "head_dim_v 256: dV goes to memory"),
         (dict(stages=1), "stages=1"),
@@ -93,7 +93,7 @@ def test_impossible_configurations_of_dk_and_dv_are_refused(fields, complaint):
 @pytest.mark.parametrize(
     "fields, complaint",
     [
-        (dict(head_dim=192), "head_dim 192"),
+        (dict(head_dim=160), "head_dim 160"),
         (dict(head_dim_v=8), "head_dim_v 8"),
         (dict(head_dim=256, head_dim_v=256, v_stages=2), "shared memory"),
     ],
@@ -129,9 +129,11 @@ def test_every_question_has_configurations_that_hold_it(head_dim):
         ((64, 72), (128, 128), ["qkv"]),
         ((96, 64), (128, 128), ["qkv"]),
         ((128, 128), (128, 128), ["qkv"]),
-        ((136, 8), (256, 64), ["kv", "q"]),
-        ((192, 128), (256, 128), ["kv", "q"]),  # DeepSeek
-        ((192, 192), (256, 256), ["kv", "q"]),
+        ((136, 8), (192, 64), ["kv", "q"]),
+        ((192, 128), (192, 128), ["kv", "q"]),  # DeepSeek
+        ((192, 192), (192, 192), ["kv", "q"]),
+        ((64, 136), (192, 192), ["kv", "q"]),
+        ((200, 192), (256, 192), ["kv", "q"]),
         ((256, 256), (256, 256), ["kv", "q"]),
         ((64, 256), (256, 256), ["kv", "q"]),
         ((256, 64), (256, 64), ["kv", "q"]),
@@ -271,7 +273,8 @@ def test_workspace(head_dim, varlen, seqlen_q):
 
 
 @pytest.mark.parametrize(
-    "head_dims, widths", [((64, 64), (64, 64)), ((96, 96), (128, 128)), ((192, 128), (256, 128))]
+    "head_dims, widths",
+    [((64, 64), (64, 64)), ((96, 96), (128, 128)), ((192, 128), (192, 128)), ((192, 192), (192, 192))],
 )
 @pytest.mark.parametrize("varlen", [False, True])
 def test_workspace_of_parts(head_dims, widths, varlen):

@@ -101,12 +101,12 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(reports, version, name):
     config, narrow = variant.config, {kind for kind in made.accesses if kind.endswith(("16", "8"))}
     threads, rows = 128, 64
     if variant.of_rows == "prepare_rows":
-        vectors = rows * config.head_dim_v // 8 // threads
+        vectors = rows * config.row_columns_v // 8 // threads
         loads, stores = 2 * vectors, vectors * ("clean_ptr" in variant.given)
     elif variant.of_rows == "finish_rows":
         loads, stores = (rows * config.head_dim // n // threads for n in (4, 8))
     elif variant.of_rows == "sum_parts":
-        columns = SUMMED_ROWS.value * (config.head_dim + config.head_dim_v)
+        columns = SUMMED_ROWS.value * (config.row_columns + config.row_columns_v)
         loads, stores = (columns // n // threads for n in (4, 8))
     else:
         loads, stores = 0, 1024 // 8 // threads
@@ -126,7 +126,8 @@ def test_variants_hold_every_kind():
     """Shapes, masks, sequences, elements and flags, each of them in some variant."""
     made = [v for v in variants() if is_main(v)]
     tiles = {(v.config.head_dim, v.config.head_dim_v, v.config.gradients) for v in made}
-    wide = {(256, dv, gradients) for dv in (64, 128, 256) for gradients in ("kv", "q")}
+    shapes = [(d, dv) for d in (192, 256) for dv in (64, 128, 192, 256) if dv <= d]
+    wide = {(*shape, gradients) for shape in shapes for gradients in ("kv", "q")}
     assert tiles == {(64, 64, "qkv"), (128, 128, "qkv"), *wide}
     for cls in (BackwardConfig, KeyGradientConfig, QueryGradientConfig):
         configs = [v.config for v in made if isinstance(v.config, cls)]
@@ -136,7 +137,7 @@ def test_variants_hold_every_kind():
     ordered = [v.config for v in made if getattr(v.config, "ordered", False)]
     assert len({(c.head_dim, c.Mask) for c in ordered}) == 8
     rows = {(v.of_rows, v.config.head_dim_v) for v in variants() if is_of_rows(v)}
-    assert {("prepare_rows", d) for d in (64, 128, 256)} <= rows
+    assert {("prepare_rows", d) for d in (64, 128, 192, 256)} <= rows
     assert {("finish_rows", d) for d in (64, 128)} <= rows
     assert {v.name for v in distinct_variants()} <= {v.name for v in variants()}
 

@@ -1,4 +1,4 @@
-"""Stages of query rows for the backward: a tile of Q or dO with the number per row that goes with it.
+"""Stages of query rows for the backward: a tile of Q or dO with one of the numbers per row, lse or delta.
 
 As device/ring.py, but the other way round: keys stay and rows stream. Fills are numbered from 0.
 """
@@ -20,13 +20,14 @@ def hidden(i: gl.constexpr):
 
 @aggregate
 class RowRing:
-    """Stages of one operand and its row statistic: Q with lse (base 2), or dO with delta."""
+    """Stages of one operand and one row statistic."""
 
-    smem: gl.shared_memory_descriptor  # [num_stages, tile_m, width]
+    smem: gl.shared_memory_descriptor  # [num_stages * chunks, tile_m, width]
     stat: gl.shared_memory_descriptor  # [num_stages, tile_m] float32
     full: gl.shared_memory_descriptor  # TMA -> consumers
     empty: gl.shared_memory_descriptor  # consumers -> TMA; two rings may share one
     num_stages: gl.constexpr
+    chunks: gl.constexpr
 
     @gluon.jit
     def acquire(self, i):
@@ -34,28 +35,26 @@ class RowRing:
         mbarrier.wait(self.empty.index(i % self.num_stages), (i // self.num_stages & 1) ^ 1)
 
     @gluon.jit
-    def fill(self, i, desc, stat_desc, coords, stat_row):
-        """Producer: start the loads of fill i, rows from `coords` of the operand and `stat_row` of its
+    def fill(self, i, desc, stat_desc, sequence, head, row, stat_row):
+        """Producer: start the loads of fill i, rows from `row` on of the operand and from `stat_row` of its
         statistic."""
         stage = i % self.num_stages
         full = self.full.index(stage)
-        mbarrier.expect(full, desc.block_type.nbytes + stat_desc.block_type.nbytes)
-        tma_load(desc, coords, full, self.smem.index(stage).reshape(desc.block_type.shape))
+        mbarrier.expect(full, self.chunks * desc.block_type.nbytes + stat_desc.block_type.nbytes)
+        for c in gl.static_range(self.chunks):
+            coords = sequence.coords("q", head, row, c * self.smem.shape[2])
+            tma_load(desc, coords, full, self.chunk(i, c).reshape(desc.block_type.shape))
         tma_load(stat_desc, [stat_row], full, self.stat.index(stage))
 
     @gluon.jit
     def wait(self, i):
-        """Consumer: the tile of fill i, once it has landed."""
+        """Consumer: wait until fill i has landed."""
         mbarrier.wait(self.full.index(i % self.num_stages), i // self.num_stages & 1)
-        return self.tile(i)
 
     @gluon.jit
-    def tile(self, i):
-        """The tile of fill i, which has been waited for."""
-        if self.num_stages == 1:
-            return self.smem.index(hidden(0))
-        else:
-            return self.smem.index(i % self.num_stages)
+    def chunk(self, i, c: gl.constexpr):
+        """Piece c of the tile of fill i."""
+        return self.smem.index(i % self.num_stages * self.chunks + c)
 
     @gluon.jit
     def stats(self, i, layout: gl.constexpr):
@@ -69,9 +68,11 @@ class RowRing:
 
 
 @gluon.jit
-def make_row_ring(desc, stat_desc, rows: gl.constexpr, width: gl.constexpr, num_stages: gl.constexpr, empty):
-    """A ring in shared memory for tiles of `desc` and rows of `stat_desc`, emptied through `empty`."""
+def make_row_ring(desc, stat_desc, rows: gl.constexpr, width: gl.constexpr, chunks: gl.constexpr,
+                  num_stages: gl.constexpr, empty):  # fmt: skip
+    """A ring in shared memory for tiles of `desc`, of `chunks` pieces, and rows of `stat_desc`; emptied
+    through `empty`."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, width], desc.dtype)
-    smem = gl.allocate_shared_memory(desc.dtype, [num_stages, rows, width], layout)
+    smem = gl.allocate_shared_memory(desc.dtype, [num_stages * chunks, rows, width], layout)
     stat = gl.allocate_shared_memory(gl.float32, [num_stages, rows], stat_desc.layout)
-    return RowRing(smem, stat, make_barriers(num_stages, 1), empty, num_stages)
+    return RowRing(smem, stat, make_barriers(num_stages, 1), empty, num_stages, chunks)

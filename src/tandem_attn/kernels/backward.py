@@ -104,9 +104,10 @@ def _consumer(group: gl.constexpr, problem, shared, adds, tile, dk_out, dv_out):
         shared.do.wait(0)  # no load may be under way when the program ends
     started = start_dq(problem, shared, group, gl.maximum(tile.count - 1 + c.first_put, 0))
     n_start = tile.n_start + 64 * group
-    store_keys(problem, tile, n_start, shared.v.index(group), state.dv, dv_out)  # read by this consumer alone
+    smem = shared.v.index(group)  # which only this consumer reads
+    store_keys(problem, tile, n_start, smem, state.dv, dv_out, 0, 1)
     smem = _free_stage(shared, group, tile)
-    store_keys(problem, tile, n_start, smem, state.dk * problem.scale, dk_out)
+    store_keys(problem, tile, n_start, smem, state.dk * problem.scale, dk_out, 0, 1)
     dq = warpgroup_mma_wait(0, deps=(started,))
     if tile.count > 0:
         adds.put(group, tile.count - 1, dq)
@@ -127,8 +128,8 @@ def _free_stage(shared, group: gl.constexpr, tile):
 @gluon.jit
 def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc):
     c: gl.constexpr = problem.config.static
-    load_keys(shared.kv_full.index(0), shared.k, k_desc, tile)
-    load_keys(shared.kv_full.index(1), shared.v, v_desc, tile)
+    load_keys(shared.kv_full.index(0), shared.k, k_desc, tile, 2, 1)
+    load_keys(shared.kv_full.index(1), shared.v, v_desc, tile, 2, 1)
     gdc_wait()  # for the row statistics; keys, queries and dO were there before prepare_rows
     heads = gl.where(tile.count > 0, problem.heads, 1)  # consumers look at block 0 in any case
     end = gl.maximum(tile.end, tile.begin + 1)
@@ -138,11 +139,10 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)
         statistics = tile.statistics(problem, g)
         for m in range(tile.begin, end):
             row = tile.block(m) * c.tile_m
-            coords = tile.sequence.coords("q", head, row, 0)
             lse = statistics + row
             shared.q.acquire(i)
-            shared.q.fill(i, q_desc, stat_desc, coords, lse)
-            shared.do.fill(i, do_desc, stat_desc, coords, lse + problem.delta_start)
+            shared.q.fill(i, q_desc, stat_desc, tile.sequence, head, row, lse)
+            shared.do.fill(i, do_desc, stat_desc, tile.sequence, head, row, lse + problem.delta_start)
             i += 1
 
 
@@ -166,8 +166,8 @@ def _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config: gl.constexp
     c: gl.constexpr = config.static
     k = gl.allocate_shared_memory(c.dtype, [2, 64, c.head_dim], c.k_layout)
     empty = make_barriers(c.stages, 2)  # Q and dO go back together: an arrival less
-    q = make_row_ring(q_desc, stat_desc, c.tile_m, c.head_dim, c.stages, empty)
-    do = make_row_ring(do_desc, stat_desc, c.tile_m, c.head_dim_v, c.stages, empty)
+    q = make_row_ring(q_desc, stat_desc, c.tile_m, c.head_dim, 1, c.stages, empty)
+    do = make_row_ring(do_desc, stat_desc, c.tile_m, c.head_dim_v, 1, c.stages, empty)
     v = gl.allocate_shared_memory(c.dtype, [2, 64, c.head_dim_v], c.v_layout)
     ds = gl.allocate_shared_memory(c.dtype, [2 * c.ds_stages, 64, c.tile_m], c.p_layout)
     return Shared(k, v, make_barriers(2, 1), q, do, ds, make_barriers(c.ds_stages, 2))

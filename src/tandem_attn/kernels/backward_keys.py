@@ -3,11 +3,11 @@
 One program per 64 keys of a KV head, one producer warp and two consumer warpgroups: one owns dV and makes P,
 the other owns dK and takes P from shared memory. Per block of 64 query rows, with S^T(i) and dP^T(i) there:
 
-    values: P^T = exp2(S^T * scale - lse)         | keys: take P^T
-            put P^T into shared memory             |       dS^T = P^T * (dP^T - delta)
-            start dV += P^T dO                     |       start dK += dS^T Q
-            start S^T(i+1) = K Q^T                 |       start dP^T(i+1) = V dO^T
-            wait for both, hand back dO(i)         |       wait for both, hand back Q(i)
+    values: P^T = exp2(S^T * scale - lse)    | keys: take P^T
+            put P^T into shared memory       |       dS^T = P^T * (dP^T - delta)
+            start dV += P^T dO               |       start dK += dS^T Q
+            start S^T(i+1) = K Q^T           |       start dP^T(i+1) = V dO^T
+            wait for both, hand back dO(i)   |       wait for both, hand back Q(i)
 
 While one does its exponentials or its dS the other has the tensor cores. Four products a block: nothing is
 computed twice. Who hands a stage back is the last to read it, so one arrival is enough: dK(i) comes after
@@ -31,7 +31,7 @@ from tandem_attn.device.gluon import (
 )
 from tandem_attn.device.mask import apply_mask_transposed
 from tandem_attn.device.ring import make_barriers
-from tandem_attn.device.row_ring import RowRing, hidden, make_row_ring
+from tandem_attn.device.row_ring import RowRing, make_row_ring
 from tandem_attn.device.schedule import Rows
 from tandem_attn.device.softmax import gradient_scale, recomputed
 from tandem_attn.kernels.backward_tile import Problem, load_keys, make_tile, start_transposed, store_keys
@@ -41,8 +41,8 @@ from tandem_attn.kernels.backward_tile import Problem, load_keys, make_tile, sta
 class Shared:
     """What the partitions share."""
 
-    k: gl.shared_memory_descriptor  # [1, 64, head_dim]
-    v: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor  # [k_pieces, 64, qk_width]
+    v: gl.shared_memory_descriptor  # [v_chunks, 64, v_width]
     kv_full: gl.shared_memory_descriptor  # K, V
     q: RowRing  # Q with delta: whoever needs delta is the last to need Q
     do: RowRing  # dO with lse (base 2), likewise
@@ -51,10 +51,32 @@ class Shared:
 
 
 @gluon.jit
-def _start_product(problem, keys, ring, i):
-    """Start S^T = K Q^T or dP^T = V dO^T of block i, once that has landed."""
-    rows = ring.wait(i)
-    return start_transposed(problem, keys.index(hidden(0)), rows)
+def _zeros(width: gl.constexpr, chunks: gl.constexpr, layout: gl.constexpr):
+    """A gradient of 64 keys in pieces."""
+    x = ()
+    for _ in gl.static_range(chunks):
+        x = x + (gl.zeros([64, width], gl.float32, layout),)
+    return x
+
+
+@gluon.jit
+def _start_gradient(p, ring, i, x):
+    """Start x += p times block i of rows, pieces of 64 keys by pieces."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, x[0].type.layout, 2)
+    p = gl.convert_layout(p, operand, assert_trivial=True)
+    started = ()
+    for c in gl.static_range(ring.chunks):
+        started = started + (warpgroup_mma(p, ring.chunk(i, c), x[c], is_async=True),)
+    return started
+
+
+@gluon.jit
+def _finished(pending: gl.constexpr, started, ring):
+    """A gradient, once no more than `pending` products are under way."""
+    x = warpgroup_mma_wait(pending, deps=started)
+    if ring.chunks == 1:
+        x = (x,)
+    return x
 
 
 @gluon.jit
@@ -77,20 +99,19 @@ def _take(problem, shared, i):
 def _value_step(problem, shared, tile, i, m_start, s, dv, masked: gl.constexpr, closes: gl.constexpr = False):
     """Block i: (S^T of the next, dV). `closes`: there is no next."""
     c: gl.constexpr = problem.config.static
-    do = shared.do.wait(i)
+    shared.do.wait(i)
     lse = gl.expand_dims(shared.do.stats(i, gl.SliceLayout(0, c.s_accumulator)), 0)
     p, sloped = recomputed(problem, s, lse, tile.mask, tile.n_start, m_start, masked, apply_mask_transposed)
     p16 = p.to(c.dtype)
     _put(problem, shared, i, sloped.to(c.dtype) if c.softcap else p16)
-    operand: gl.constexpr = gl.DotOperandLayout(0, c.dv_accumulator, 2)
-    dv = warpgroup_mma(gl.convert_layout(p16, operand, assert_trivial=True), do, dv, is_async=True)
+    started = _start_gradient(p16, shared.do, i, dv)
     if closes:
-        dv = warpgroup_mma_wait(0, deps=(dv,))
+        dv = _finished(0, started, shared.do)
     else:
-        started = _start_product(problem, shared.k, shared.q, i + 1)
-        dv = warpgroup_mma_wait(1, deps=(dv,))
+        scores = start_transposed(problem, shared.k, 0, shared.q, i + 1)
+        dv = _finished(c.qk_chunks, started, shared.do)
         shared.do.release(i)
-        s = warpgroup_mma_wait(0, deps=(started,))
+        s = warpgroup_mma_wait(0, deps=(scores,))
     return s, dv
 
 
@@ -110,8 +131,8 @@ def _values(problem, shared, tile, dv_out):
     """The consumer that owns dV."""
     c: gl.constexpr = problem.config.static
     mbarrier.wait(shared.kv_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=(_start_product(problem, shared.k, shared.q, 0),))
-    dv = gl.zeros([64, c.head_dim_v], gl.float32, c.dv_accumulator)
+    s = warpgroup_mma_wait(0, deps=(start_transposed(problem, shared.k, 0, shared.q, 0),))
+    dv = _zeros(c.v_width, c.v_chunks, c.dv_accumulator)
     for g in range(problem.heads):
         end = tile.end - gl.where(g == problem.heads - 1, 1, 0)
         whole = tile.begin
@@ -126,9 +147,11 @@ def _values(problem, shared, tile, dv_out):
     if tile.count > 0:  # the last block, after which there are no scores to be computed
         m_start = tile.block(tile.end - 1) * c.tile_m
         s, dv = _value_step(problem, shared, tile, tile.count - 1, m_start, s, dv, c.Mask.masks, True)
-    shape: gl.constexpr = [c.head_dim // c.head_dim_v, 64, c.head_dim_v]
-    smem = reinterpreted(shared.k, c.dtype.value, shape, c.v_layout)  # which only this consumer reads
-    store_keys(problem, tile, tile.n_start, smem.index(0), dv, dv_out)
+    pieces: gl.constexpr = c.k_pieces * c.qk_width // c.v_width
+    # which only this consumer reads
+    smem = reinterpreted(shared.k, c.dtype.value, [pieces, 64, c.v_width], c.v_layout)
+    for n in gl.static_range(c.v_chunks):
+        store_keys(problem, tile, tile.n_start, smem.index(n), dv[n], dv_out, n, c.v_chunks)
     tma_store_wait(0)
 
 
@@ -136,18 +159,17 @@ def _values(problem, shared, tile, dv_out):
 def _key_step(problem, shared, i, dp, dk, closes: gl.constexpr = False):
     """Block i: (dP^T of the next, dK). `closes`: there is no next."""
     c: gl.constexpr = problem.config.static
-    q = shared.q.wait(i)
+    shared.q.wait(i)
     delta = gl.expand_dims(shared.q.stats(i, gl.SliceLayout(0, c.s_accumulator)), 0)
     ds = (_take(problem, shared, i).to(gl.float32) * (dp - delta)).to(c.dtype)
-    operand: gl.constexpr = gl.DotOperandLayout(0, c.dk_accumulator, 2)
-    dk = warpgroup_mma(gl.convert_layout(ds, operand, assert_trivial=True), q, dk, is_async=True)
+    started = _start_gradient(ds, shared.q, i, dk)
     if closes:
-        dk = warpgroup_mma_wait(0, deps=(dk,))
+        dk = _finished(0, started, shared.q)
     else:
-        started = _start_product(problem, shared.v, shared.do, i + 1)
-        dk = warpgroup_mma_wait(1, deps=(dk,))
+        next_dp = start_transposed(problem, shared.v, 0, shared.do, i + 1)
+        dk = _finished(c.v_chunks, started, shared.q)
         shared.q.release(i)
-        dp = warpgroup_mma_wait(0, deps=(started,))
+        dp = warpgroup_mma_wait(0, deps=(next_dp,))
     return dp, dk
 
 
@@ -156,23 +178,23 @@ def _keys(problem, shared, tile, dk_out):
     """The consumer that owns dK."""
     c: gl.constexpr = problem.config.static
     mbarrier.wait(shared.kv_full.index(1), 0)
-    dp = warpgroup_mma_wait(0, deps=(_start_product(problem, shared.v, shared.do, 0),))
-    dk = gl.zeros([64, c.head_dim], gl.float32, c.dk_accumulator)
+    dp = warpgroup_mma_wait(0, deps=(start_transposed(problem, shared.v, 0, shared.do, 0),))
+    dk = _zeros(c.qk_width, c.qk_chunks, c.dk_accumulator)
     for i in range(tile.count - 1):
         dp, dk = _key_step(problem, shared, i, dp, dk)
     if tile.count > 0:
         dp, dk = _key_step(problem, shared, tile.count - 1, dp, dk, True)
-    # a stage of Q that nobody reads, nor is written any more
-    smem = shared.q.smem.index(gl.maximum(tile.count, 1) % c.stages)
-    store_keys(problem, tile, tile.n_start, smem, dk * problem.scale, dk_out)
+    for n in gl.static_range(c.qk_chunks):  # by a stage of Q that nobody reads, nor is written any more
+        smem = shared.q.chunk(gl.maximum(tile.count, 1), n)
+        store_keys(problem, tile, tile.n_start, smem, dk[n] * problem.scale, dk_out, n, c.qk_chunks)
     tma_store_wait(0)
 
 
 @gluon.jit
 def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc):
     c: gl.constexpr = problem.config.static
-    load_keys(shared.kv_full.index(0), shared.k, k_desc, tile)
-    load_keys(shared.kv_full.index(1), shared.v, v_desc, tile)
+    load_keys(shared.kv_full.index(0), shared.k, k_desc, tile, 1, c.qk_chunks)
+    load_keys(shared.kv_full.index(1), shared.v, v_desc, tile, 1, c.v_chunks)
     gdc_wait()  # for the row statistics; keys, queries and dO were there before prepare_rows
     heads = gl.where(tile.count > 0, problem.heads, 1)  # consumers look at block 0 in any case
     end = gl.maximum(tile.end, tile.begin + 1)
@@ -182,24 +204,24 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)
         statistics = tile.statistics(problem, g)
         for m in range(tile.begin, end):
             row = tile.block(m) * c.tile_m
-            coords = tile.sequence.coords("q", head, row, 0)
             lse = statistics + row
             shared.q.acquire(i)
-            shared.q.fill(i, q_desc, stat_desc, coords, lse + problem.delta_start)
+            shared.q.fill(i, q_desc, stat_desc, tile.sequence, head, row, lse + problem.delta_start)
             shared.do.acquire(i)
-            shared.do.fill(i, do_desc, stat_desc, coords, lse)
+            shared.do.fill(i, do_desc, stat_desc, tile.sequence, head, row, lse)
             i += 1
 
 
 @gluon.jit
 def _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config: gl.constexpr):
     c: gl.constexpr = config.static
+    q_empty, do_empty = make_barriers(c.stages, 1), make_barriers(c.stages, 1)
     return Shared(
-        gl.allocate_shared_memory(c.dtype, [1, 64, c.head_dim], c.k_layout),
-        gl.allocate_shared_memory(c.dtype, [1, 64, c.head_dim_v], c.v_layout),
+        gl.allocate_shared_memory(c.dtype, [c.k_pieces, 64, c.qk_width], c.k_layout),
+        gl.allocate_shared_memory(c.dtype, [c.v_chunks, 64, c.v_width], c.v_layout),
         make_barriers(2, 1),
-        make_row_ring(q_desc, stat_desc, c.tile_m, c.head_dim, c.stages, make_barriers(c.stages, 1)),
-        make_row_ring(do_desc, stat_desc, c.tile_m, c.head_dim_v, c.stages, make_barriers(c.stages, 1)),
+        make_row_ring(q_desc, stat_desc, c.tile_m, c.qk_width, c.qk_chunks, c.stages, q_empty),
+        make_row_ring(do_desc, stat_desc, c.tile_m, c.v_width, c.v_chunks, c.stages, do_empty),
         gl.allocate_shared_memory(c.dtype, [c.stages, 64, c.tile_m], c.p_layout),
         make_barriers(c.stages, 1),
     )

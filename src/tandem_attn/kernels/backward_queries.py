@@ -48,7 +48,7 @@ class Problem:
 class Shared:
     """What the partitions share."""
 
-    q: gl.shared_memory_descriptor  # [2, 64, head_dim]: the rows of each consumer
+    q: gl.shared_memory_descriptor  # [2 * qk_chunks, 64, qk_width]: the rows of each consumer
     do: gl.shared_memory_descriptor
     rows_full: gl.shared_memory_descriptor  # Q and dO of each consumer
     k: Ring
@@ -72,19 +72,28 @@ class Tile:
 
 
 @gluon.jit
+def _start_product(problem, rows, group: gl.constexpr, ring, i):
+    """Start S = Q K^T or dP = dO V^T of this consumer's rows and fill i of keys, once that has landed."""
+    c: gl.constexpr = problem.config.static
+    ring.wait(i)
+    s = gl.zeros([64, c.tile_n], gl.float32, c.s_accumulator)
+    for n in gl.static_range(ring.chunks):
+        mine = rows.index(hidden(group * ring.chunks + n))
+        # one stage stays in place
+        keys = ring.smem.index(hidden(n)) if ring.num_stages == 1 else ring.chunk(i, n)
+        s = warpgroup_mma(mine, keys.permute((1, 0)), s, use_acc=n > 0, is_async=True)
+    return s
+
+
+@gluon.jit
 def _step(problem, shared, group: gl.constexpr, tile, j, lse, delta, dq, masked: gl.constexpr):
     """Key block j, counted from the last one back: the next dQ."""
     c: gl.constexpr = problem.config.static
     i = first_fill(c.k_stages) + j
     u = first_fill(c.v_stages) + j
-    zero = gl.zeros([64, c.tile_n], gl.float32, c.s_accumulator)
-    shared.k.wait(i)
-    k = shared.k.chunk(i, 0)
-    s = warpgroup_mma(shared.q.index(hidden(group)), k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    shared.v.wait(u)
-    v = shared.v.smem.index(hidden(0)) if c.v_stages == 1 else shared.v.chunk(u, 0)
-    dp = warpgroup_mma(shared.do.index(hidden(group)), v.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    s = _start_product(problem, shared.q, group, shared.k, i)
+    dp = _start_product(problem, shared.do, group, shared.v, u)
+    s = warpgroup_mma_wait(c.v_chunks, deps=(s,))
     m_start = tile.m_start + 64 * group
     n_start = (tile.n_end - 1 - j) * c.tile_n
     lse = gl.expand_dims(lse, 1)
@@ -93,8 +102,13 @@ def _step(problem, shared, group: gl.constexpr, tile, j, lse, delta, dq, masked:
     shared.v.release(u)
     ds = (p * (dp - gl.expand_dims(delta, 1))).to(c.dtype)
     operand: gl.constexpr = gl.DotOperandLayout(0, c.dq_accumulator, 2)
-    dq = warpgroup_mma(gl.convert_layout(ds, operand, assert_trivial=True), k, dq, is_async=True)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
+    ds = gl.convert_layout(ds, operand, assert_trivial=True)
+    started = ()
+    for n in gl.static_range(c.qk_chunks):
+        started = started + (warpgroup_mma(ds, shared.k.chunk(i, n), dq[n], is_async=True),)
+    dq = warpgroup_mma_wait(0, deps=started)
+    if c.qk_chunks == 1:
+        dq = (dq,)
     shared.k.release(i)
     return dq
 
@@ -114,7 +128,9 @@ def _consumer(group: gl.constexpr, problem, shared, tile, stat_ptr, delta_start,
     at = stat_ptr + tile.statistics + 64 * group + gl.arange(0, 64, row)
     lse = gl.load(at)
     delta = gl.load(at + delta_start)
-    dq = gl.zeros([64, c.head_dim], gl.float32, c.dq_accumulator)
+    dq = ()
+    for _ in gl.static_range(c.qk_chunks):
+        dq = dq + (gl.zeros([64, c.qk_width], gl.float32, c.dq_accumulator),)
     mbarrier.wait(shared.rows_full.index(group), 0)
     whole = 0
     if c.Mask.masks:
@@ -124,13 +140,23 @@ def _consumer(group: gl.constexpr, problem, shared, tile, stat_ptr, delta_start,
     if c.Mask.has_left_edge:
         dq = _blocks(problem, shared, group, tile, lse, delta, dq, tile.left_edge, tile.count, True)
     seen = gl.convert_layout(lse, gl.SliceLayout(1, c.dq_accumulator), assert_trivial=True) < float("inf")
-    dq = gl.where(gl.expand_dims(seen, 1), dq * problem.scale, 0.0)  # else P is 0, dO may be NaN
-    smem = shared.q.index(group)
-    smem.store(dq.to(c.dtype))
-    fence_async_shared()
-    coords = tile.sequence.coords("q", tile.head, tile.m_start + 64 * group, 0)
-    tma_store(dq_desc, coords, smem.reshape(dq_desc.block_type.shape))
+    for n in gl.static_range(c.qk_chunks):
+        # where no key is seen P is 0, but dO may be NaN
+        finished = gl.where(gl.expand_dims(seen, 1), dq[n] * problem.scale, 0.0)
+        smem = shared.q.index(group * c.qk_chunks + n)
+        smem.store(finished.to(c.dtype))
+        fence_async_shared()
+        coords = tile.sequence.coords("q", tile.head, tile.m_start + 64 * group, n * c.qk_width)
+        tma_store(dq_desc, coords, smem.reshape(dq_desc.block_type.shape))
     tma_store_wait(0)
+
+
+@gluon.jit
+def _load_rows(full, smem, desc, tile, group: gl.constexpr, chunks: gl.constexpr):
+    """Start the loads of a consumer's rows of Q or dO."""
+    for n in gl.static_range(chunks):
+        coords = tile.sequence.coords("q", tile.head, tile.m_start + 64 * group, n * smem.shape[2])
+        tma_load(desc, coords, full, smem.index(group * chunks + n).reshape(desc.block_type.shape))
 
 
 @gluon.jit
@@ -138,11 +164,10 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc):
     c: gl.constexpr = problem.config.static
     for group in gl.static_range(2):
         full = shared.rows_full.index(group)
-        mbarrier.expect(full, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
-        coords = tile.sequence.coords("q", tile.head, tile.m_start + 64 * group, 0)
-        tma_load(q_desc, coords, full, shared.q.index(group).reshape(q_desc.block_type.shape))
+        mbarrier.expect(full, c.qk_chunks * q_desc.block_type.nbytes + c.v_chunks * do_desc.block_type.nbytes)
+        _load_rows(full, shared.q, q_desc, tile, group, c.qk_chunks)
         gdc_wait()  # dO may be a copy by prepare_rows
-        tma_load(do_desc, coords, full, shared.do.index(group).reshape(do_desc.block_type.shape))
+        _load_rows(full, shared.do, do_desc, tile, group, c.v_chunks)
     for j in range(tile.count):
         n_start = (tile.n_end - 1 - j) * c.tile_n
         shared.k.fill(first_fill(c.k_stages) + j, k_desc, tile.sequence, "k", tile.kv_head, n_start)
@@ -179,11 +204,11 @@ def query_gradient(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_ptr, cu_seqlen
         tile = Tile(sequence, mask, head, divided(head, group_size_magic), m_start, statistics, n_end, count,
                     gl.to_tensor(right_edge), left_edge)  # fmt: skip
         shared = Shared(
-            gl.allocate_shared_memory(c.dtype, [2, 64, c.head_dim], c.q_layout),
-            gl.allocate_shared_memory(c.dtype, [2, 64, c.head_dim_v], c.do_layout),
+            gl.allocate_shared_memory(c.dtype, [2 * c.qk_chunks, 64, c.qk_width], c.q_layout),
+            gl.allocate_shared_memory(c.dtype, [2 * c.v_chunks, 64, c.v_width], c.do_layout),
             make_barriers(2, 1),
-            make_ring(k_desc, c.tile_n, c.head_dim, 1, c.k_stages, 2, 0),
-            make_ring(v_desc, c.tile_n, c.head_dim_v, 1, c.v_stages, 2, 0),
+            make_ring(k_desc, c.tile_n, c.qk_width, c.qk_chunks, c.k_stages, 2, 0),
+            make_ring(v_desc, c.tile_n, c.v_width, c.v_chunks, c.v_stages, 2, 0),
         )
         gl.warp_specialize([
             (_consumer, (0, problem, shared, tile, stat_ptr, delta_start, dq_desc)),

@@ -57,7 +57,7 @@ def prepare_rows(out_ptr, dout_ptr, clean_ptr, lse_ptr, dlse_ptr, stat_ptr, coun
         seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     ).sequence(b)
     if m < _padded(sequence.seqlen_q):
-        width: gl.constexpr = c.head_dim_v
+        width: gl.constexpr = c.row_columns_v
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
         row = m + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         column = gl.arange(0, width, gl.SliceLayout(0, layout))
@@ -134,18 +134,18 @@ def finish_rows(dq_acc_ptr, dq_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, sequs
 
 
 @gluon.jit
-def _sum_of_parts(part_ptr, ptr, rows, parts, columns, width: gl.constexpr):
-    """32 rows of dK or dV."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+def _sum_of_parts(part_ptr, ptr, rows, parts, columns, width: gl.constexpr, tile_width: gl.constexpr):
+    """32 rows of dK or dV; `width` columns of a part, `tile_width`: as a power of two."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // tile_width, tile_width // 8], [4, 1], [1, 0])
     row = gl.program_id(0) * SUMMED_ROWS + gl.arange(0, SUMMED_ROWS, gl.SliceLayout(1, layout))
-    column = gl.arange(0, width, gl.SliceLayout(0, layout))
-    there = (row < rows)[:, None]
+    column = gl.arange(0, tile_width, gl.SliceLayout(0, layout))
+    there = (row < rows)[:, None] & (column < columns * 8)[None, :]
     at = (row.to(gl.int64) * parts * width)[:, None] + column[None, :]
-    total = gl.zeros([SUMMED_ROWS, width], gl.float32, layout)
+    total = gl.zeros([SUMMED_ROWS, tile_width], gl.float32, layout)
     for i in range(parts):
         total += gl.load(part_ptr + at + i * width, mask=there, other=0.0)
     to = ptr + (row.to(gl.int64) * columns * 8)[:, None] + column[None, :]
-    gl.store(to, total.to(ptr.dtype.element_ty), mask=there & (column < columns * 8)[None, :])
+    gl.store(to, total.to(ptr.dtype.element_ty), mask=there)
 
 
 @gluon.jit(do_not_specialize=["rows", "parts", "columns", "columns_v"])
@@ -156,8 +156,8 @@ def sum_parts(dk_part_ptr, dv_part_ptr, dk_ptr, dv_ptr, rows, parts, columns, co
     Parts: (rows, parts, tile width) in float32; a row is a key of a KV head."""
     c: gl.constexpr = config.static
     gdc_wait()
-    _sum_of_parts(dk_part_ptr, dk_ptr, rows, parts, columns, c.head_dim)
-    _sum_of_parts(dv_part_ptr, dv_ptr, rows, parts, columns_v, c.head_dim_v)
+    _sum_of_parts(dk_part_ptr, dk_ptr, rows, parts, columns, c.head_dim, c.row_columns)
+    _sum_of_parts(dv_part_ptr, dv_ptr, rows, parts, columns_v, c.head_dim_v, c.row_columns_v)
 
 
 @gluon.jit(

@@ -53,8 +53,7 @@ class State:
 @gluon.jit
 def start_scores(problem, shared, group: gl.constexpr, i):
     """Start S^T = K Q^T of block i, once that has landed."""
-    q = shared.q.wait(i)
-    return start_transposed(problem, shared.k.index(hidden(group)), q)
+    return start_transposed(problem, shared.k, group, shared.q, i)
 
 
 @gluon.jit
@@ -119,11 +118,11 @@ def step(problem, shared, adds, group: gl.constexpr, tile, i, m_start, state, ma
     """Block i: see the top of the file. Returns the next state. `opens`: block 0,
     before which there is no dS."""
     c: gl.constexpr = problem.config.static
-    do = shared.do.wait(i)
-    dp = start_transposed(problem, shared.v.index(hidden(group)), do)
+    dp = start_transposed(problem, shared.v, group, shared.do, i)
     p, sloped = _probabilities(problem, shared, group, tile, i, m_start, state.s, masked)
     p16 = p.to(c.dtype)
     operand: gl.constexpr = gl.DotOperandLayout(0, c.dv_accumulator, 2)
+    do = shared.do.chunk(i, 0)
     dv = warpgroup_mma(gl.convert_layout(p16, operand, assert_trivial=True), do, state.dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     ds = _score_gradient(problem, shared, i, p16, sloped, dp)
@@ -132,7 +131,7 @@ def step(problem, shared, adds, group: gl.constexpr, tile, i, m_start, state, ma
     if not opens:
         dq = start_dq(problem, shared, group, t - 1)
     operand_k: gl.constexpr = gl.DotOperandLayout(0, c.dk_accumulator, 2)
-    q = shared.q.tile(i)
+    q = shared.q.chunk(i, 0)
     dk = warpgroup_mma(gl.convert_layout(ds, operand_k, assert_trivial=True), q, state.dk, is_async=True)
     if opens:
         dv = warpgroup_mma_wait(1, deps=(dv,))

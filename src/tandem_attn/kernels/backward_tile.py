@@ -16,6 +16,7 @@ from tandem_attn.device.gluon import (
     tma_store,
     warpgroup_mma,
 )
+from tandem_attn.device.row_ring import hidden
 
 
 @aggregate
@@ -84,37 +85,43 @@ def make_tile(problem, sequence, index, block, part, parts, window_left, window_
 
 
 @gluon.jit
-def start_transposed(problem, keys, rows):
-    """Start S^T = K Q^T or dP^T = V dO^T, of 64 keys and a block of rows."""
+def start_transposed(problem, keys, first: gl.constexpr, ring, i):
+    """Start S^T = K Q^T or dP^T = V dO^T of 64 keys, whose pieces begin with number `first`, and block i of
+    rows, once that has landed."""
     c: gl.constexpr = problem.config.static
-    zero = gl.zeros([64, c.tile_m], gl.float32, c.s_accumulator)
-    return warpgroup_mma(keys, rows.permute((1, 0)), zero, use_acc=False, is_async=True)
+    ring.wait(i)
+    s = gl.zeros([64, c.tile_m], gl.float32, c.s_accumulator)
+    for n in gl.static_range(ring.chunks):
+        rows = ring.chunk(i, n).permute((1, 0))
+        s = warpgroup_mma(keys.index(hidden(first + n)), rows, s, use_acc=n > 0, is_async=True)
+    return s
 
 
 @gluon.jit
-def load_keys(full, smem, desc, tile):
+def load_keys(full, smem, desc, tile, tiles: gl.constexpr, chunks: gl.constexpr):
     """Start the loads of K or V, 64 keys at a time."""
-    halves: gl.constexpr = smem.shape[0]
-    mbarrier.expect(full, halves * desc.block_type.nbytes)
-    for half in gl.static_range(halves):
-        coords = tile.sequence.coords("k", tile.kv_head, tile.n_start + 64 * half, 0)
-        tma_load(desc, coords, full, smem.index(half).reshape(desc.block_type.shape))
+    mbarrier.expect(full, tiles * chunks * desc.block_type.nbytes)
+    for n in gl.static_range(tiles):
+        for c in gl.static_range(chunks):
+            coords = tile.sequence.coords("k", tile.kv_head, tile.n_start + 64 * n, c * smem.shape[2])
+            tma_load(desc, coords, full, smem.index(n * chunks + c).reshape(desc.block_type.shape))
 
 
 @gluon.jit
-def store_keys(problem, tile, n_start, smem, x, out):
-    """dK or dV of the 64 keys from n_start on: rounded, by shared memory and TMA; or in float32 where
-    `sum_parts` of kernels/backward_rows.py follows."""
-    c: gl.constexpr = problem.config.static
-    if c.partial:
+def store_keys(problem, tile, n_start, smem, x, out, c: gl.constexpr, chunks: gl.constexpr):
+    """Piece c of dK or dV of the 64 keys from n_start on: rounded, by shared memory and TMA; or in float32
+    where `sum_parts` of kernels/backward_rows.py follows."""
+    width: gl.constexpr = x.shape[1]
+    config: gl.constexpr = problem.config.static
+    if config.partial:
         layout: gl.constexpr = x.type.layout
-        width: gl.constexpr = x.shape[1]
         row = n_start + gl.arange(0, 64, gl.SliceLayout(1, layout))
         at = tile.sequence.swapped().row_of_all(row) * problem.num_parts + tile.part
-        to = out + (at * width)[:, None] + gl.arange(0, width, gl.SliceLayout(0, layout))[None, :]
+        columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
+        to = out + (at * (chunks * width))[:, None] + columns[None, :]
         gl.store(to, x, mask=(row < tile.sequence.seqlen_k)[:, None])
     else:
-        smem.store(x.to(c.dtype))
+        smem.store(x.to(config.dtype))
         fence_async_shared()
-        coords = tile.sequence.coords("k", tile.kv_head, n_start, 0)
+        coords = tile.sequence.coords("k", tile.kv_head, n_start, c * width)
         tma_store(out, coords, smem.reshape(out.block_type.shape))

@@ -96,8 +96,28 @@ def _digest_of_sources(cls: type) -> str:
     return hashlib.sha256(b"".join(pathlib.Path(x).read_bytes() for x in sorted(files))).hexdigest()[:16]
 
 
+class ChunkedConfig(KernelConfig):
+    """Of kernels whose tiles may consist of several pieces side by side."""
+
+    @property
+    def qk_chunks(self) -> int:
+        return column_chunks(self.head_dim)
+
+    @property
+    def v_chunks(self) -> int:
+        return column_chunks(self.head_dim_v)
+
+    @property
+    def qk_width(self) -> int:
+        return self.head_dim // self.qk_chunks
+
+    @property
+    def v_width(self) -> int:
+        return self.head_dim_v // self.v_chunks
+
+
 @dataclasses.dataclass(frozen=True)
-class ForwardConfig(KernelConfig):
+class ForwardConfig(ChunkedConfig):
     """Compile-time facts of the forward kernel. Validated here and nowhere else."""
 
     element: str  # "bf16" or "fp16"
@@ -142,22 +162,6 @@ class ForwardConfig(KernelConfig):
             raise ValueError(f"named_release with {self.num_stages} stages: hardware barriers are for 2")
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
-
-    @property
-    def qk_chunks(self) -> int:
-        return column_chunks(self.head_dim)
-
-    @property
-    def v_chunks(self) -> int:
-        return column_chunks(self.head_dim_v)
-
-    @property
-    def qk_width(self) -> int:
-        return self.head_dim // self.qk_chunks
-
-    @property
-    def v_width(self) -> int:
-        return self.head_dim_v // self.v_chunks
 
     @property
     def o_width(self) -> int:

@@ -19,8 +19,7 @@ from tandem_attn.device.schedule import DenseTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import (
     SHARED_MEMORY,
-    TILE_WIDTHS,
-    KernelConfig,
+    ChunkedConfig,
     accumulator,
     mask_of,
     tile_width,
@@ -30,21 +29,31 @@ from tandem_attn.spec import AttentionSpec
 
 NUM_CONSUMERS = 2
 KEYS = 64  # of a consumer
+WIDTHS = (64, 128, 192, 256)  # columns of tiles
 MAX_UNORDERED_KEYS = (WRITTEN.value - 1) * NUM_CONSUMERS * KEYS
 
 
-class GradientConfig(KernelConfig):
+class GradientConfig(ChunkedConfig):
     """What all three kernels have: two consumers and one more warpgroup of producers and the like."""
 
     def __post_init__(self) -> None:
-        if self.head_dim not in TILE_WIDTHS or self.head_dim_v not in TILE_WIDTHS:
-            raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {TILE_WIDTHS}")
+        if self.head_dim not in WIDTHS or self.head_dim_v not in WIDTHS:
+            raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {WIDTHS}")
         self.check_own_fields()
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, {SHARED_MEMORY} exist: {self}")
 
     def check_own_fields(self) -> None:
         """Raise ValueError unless what one kernel alone has is possible."""
+
+    @property
+    def row_columns(self) -> int:
+        """Columns of a row of Q or K in registers: a power of two."""
+        return tile_width(self.head_dim)
+
+    @property
+    def row_columns_v(self) -> int:
+        return tile_width(self.head_dim_v)
 
     @property
     def maxnreg(self) -> int:
@@ -83,11 +92,11 @@ class ByKeysConfig(GradientConfig):
 
     @property
     def k_layout(self):
-        return self.shared_layout(KEYS, self.head_dim)
+        return self.shared_layout(KEYS, self.qk_width)
 
     @property
     def v_layout(self):
-        return self.shared_layout(KEYS, self.head_dim_v)
+        return self.shared_layout(KEYS, self.v_width)
 
     @property
     def p_layout(self):
@@ -104,11 +113,11 @@ class ByKeysConfig(GradientConfig):
 
     @property
     def dk_accumulator(self):
-        return accumulator(self.head_dim)
+        return accumulator(self.qk_width)
 
     @property
     def dv_accumulator(self):
-        return accumulator(self.head_dim_v)
+        return accumulator(self.v_width)
 
     @cached_property
     def operand_bytes(self) -> int:
@@ -201,6 +210,11 @@ class KeyGradientConfig(ByKeysConfig):
     tile_m = 64
     ordered = False  # nothing is added up in global memory
 
+    @property
+    def k_pieces(self) -> int:
+        """Pieces of shared memory for a tile of K: a whole number of those of dV, which is staged there."""
+        return -(-self.head_dim // self.v_width) * self.v_width // self.qk_width
+
     def check_own_fields(self) -> None:
         if self.head_dim_v > self.head_dim:
             dims = f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}"
@@ -211,7 +225,8 @@ class KeyGradientConfig(ByKeysConfig):
     @cached_property
     def shared_memory(self) -> int:
         """Bytes of tiles in shared memory, barriers not counted (under 1 KB)."""
-        return self.operand_bytes + 2 * self.stages * self.tile_n * self.tile_m
+        p, free = self.stages * self.tile_m, self.k_pieces * self.qk_width - self.head_dim
+        return self.operand_bytes + 2 * self.tile_n * (p + free)
 
     def __str__(self) -> str:
         return self.described(f"{KEYS} keys x {self.tile_m} rows, {self.stages} stages")
@@ -237,11 +252,11 @@ class QueryGradientConfig(GradientConfig):
 
     @property
     def q_layout(self):
-        return self.shared_layout(64, self.head_dim)
+        return self.shared_layout(64, self.qk_width)
 
     @property
     def do_layout(self):
-        return self.shared_layout(64, self.head_dim_v)
+        return self.shared_layout(64, self.v_width)
 
     @property
     def s_accumulator(self):
@@ -249,7 +264,7 @@ class QueryGradientConfig(GradientConfig):
 
     @property
     def dq_accumulator(self):
-        return accumulator(self.head_dim)
+        return accumulator(self.qk_width)
 
     @cached_property
     def shared_memory(self) -> int:
@@ -270,11 +285,6 @@ _ROWS_PER_BYTE = 29 / 4e6
 _NARROW = {  # by width of heads
     64: dict(tile_m=128, packed_ds=True),
     128: dict(tile_m=64),
-}
-_WIDE = {  # by width of V
-    64: dict(stages=3),
-    128: dict(stages=3),
-    256: dict(),
 }
 
 
@@ -337,7 +347,7 @@ def backward_configs(
     `copies_operands`: of the Triton that compiles it, see device/gluon.py.
     """
     mask = without_edges(mask_of(spec), spec, _keys_of_a_program(spec))
-    head_dim, head_dim_v = tile_width(spec.head_dim), tile_width(spec.head_dim_v)
+    head_dim, head_dim_v = (next(w for w in WIDTHS if w >= d) for d in (spec.head_dim, spec.head_dim_v))
     widest = max(head_dim, head_dim_v)
     shared = dict(
         element="bf16" if spec.dtype == torch.bfloat16 else "fp16",
@@ -350,8 +360,9 @@ def backward_configs(
     )
     partial = parts_of_group(spec) > 1
     if _is_wide(spec):
-        by_keys = KeyGradientConfig(**shared, **_WIDE[head_dim_v], partial=partial)
-        return by_keys, QueryGradientConfig(**shared)
+        columns = widest + head_dim_v  # as many stages as fit
+        by_keys = KeyGradientConfig(**shared, partial=partial, stages=3 if columns <= 384 else 2)
+        return by_keys, QueryGradientConfig(**shared, v_stages=2 if columns < 512 else 1)
     # worth 3% at 512 tokens; with two copies of operands, or three loops, registers do not suffice for it
     first_apart = not copies_operands and not mask.has_left_edge.value
     flags = dict(ordered=_ordered(spec), partial=partial, first_apart=first_apart)

@@ -58,23 +58,23 @@ def backward_boxes(
 
     if isinstance(config, QueryGradientConfig):
         return {
-            "q_desc": box(64, config.head_dim),
-            "k_desc": box(config.tile_n, config.head_dim),
-            "v_desc": box(config.tile_n, config.head_dim_v),
-            "do_desc": box(64, config.head_dim_v),
-            "dq_desc": box(64, config.head_dim),
+            "q_desc": box(64, config.qk_width),
+            "k_desc": box(config.tile_n, config.qk_width),
+            "v_desc": box(config.tile_n, config.v_width),
+            "do_desc": box(64, config.v_width),
+            "dq_desc": box(64, config.qk_width),
         }
     boxes = {
-        "q_desc": box(config.tile_m, config.head_dim),
-        "k_desc": box(KEYS, config.head_dim),
-        "v_desc": box(KEYS, config.head_dim_v),
-        "do_desc": box(config.tile_m, config.head_dim_v),
+        "q_desc": box(config.tile_m, config.qk_width),
+        "k_desc": box(KEYS, config.qk_width),
+        "v_desc": box(KEYS, config.v_width),
+        "do_desc": box(config.tile_m, config.v_width),
     }
     if config.with_q:
         boxes["dq_desc"] = [128, 32], config.dq_layout, "fp32"
     boxes["stat_desc"] = [config.tile_m], config.stat_layout, "fp32"
     if not config.partial:
-        boxes |= {"dk_out": box(KEYS, config.head_dim), "dv_out": box(KEYS, config.head_dim_v)}
+        boxes |= {"dk_out": box(KEYS, config.qk_width), "dv_out": box(KEYS, config.v_width)}
     return boxes
 
 

@@ -136,15 +136,17 @@ def accesses(ptx: str) -> dict[str, int]:
 def expected_loops(config: BackwardConfig | KeyGradientConfig | QueryGradientConfig) -> collections.Counter:
     """(wgmma, exponentials) of each loop over blocks: how many such loops there are.
 
-    wgmma take 16 columns, rows or keys at a time, exponentials are one per score and 128 threads. There is
+    wgmma take 16 columns, rows or keys at a time, and one piece of a tile of columns; exponentials are one
+    per score and 128 threads. There is
     a loop per consumer and kind of block: whole, and masked at either edge. But who makes dK alone has one,
     without exponentials, and so has the second consumer of all gradients where it skips: for scores and dQ.
     """
     kinds = 1 + config.Mask.masks.value + config.Mask.has_left_edge.value
     scores, dp = config.head_dim // 16, config.head_dim_v // 16
     if isinstance(config, QueryGradientConfig):
-        return collections.Counter({(scores + dp + config.tile_n // 16, config.tile_n // 2): kinds * 2})
-    dk = dv = config.tile_m // 16
+        dq = config.qk_chunks * config.tile_n // 16
+        return collections.Counter({(scores + dp + dq, config.tile_n // 2): kinds * 2})
+    dk, dv = (chunks * config.tile_m // 16 for chunks in (config.qk_chunks, config.v_chunks))
     exponentials = config.tile_m // 2
     if isinstance(config, KeyGradientConfig):
         return collections.Counter({(scores + dv, exponentials): kinds, (dp + dk, 0): 1})

@@ -246,8 +246,54 @@ def _strict_mma(a, b: Memory, acc, **options):
     return product
 
 
+class _Joined:
+    """Several cells that are read and written as one."""
+
+    def __init__(self, cells: list[Cell]):
+        self.cells = cells
+
+    @property
+    def data(self) -> np.ndarray:
+        """Their elements, one after the other."""
+        return np.concatenate([cell.data.reshape(-1) for cell in self.cells])
+
+    @property
+    def unfenced(self) -> bool:
+        """Whether any of them is."""
+        return any(cell.unfenced for cell in self.cells)
+
+    @unfenced.setter
+    def unfenced(self, value: bool) -> None:
+        for cell in self.cells:
+            cell.unfenced = value
+
+    @property
+    def reads(self) -> _Joined:
+        """What takes down a read of all of them."""
+        return self
+
+    def __setitem__(self, who, time: int) -> None:
+        for cell in self.cells:
+            cell.reads[who] = time
+
+    def check_read(self, clock: Clock, what: str) -> None:
+        """As that of each cell."""
+        for cell in self.cells:
+            cell.check_read(clock, what)
+
+    def check_write(self, clock: Clock, what: str) -> None:
+        """As that of each cell."""
+        for cell in self.cells:
+            cell.check_write(clock, what)
+
+    def write(self, who, time: int, data: np.ndarray) -> None:
+        """Each cell gets its elements."""
+        for cell, part in zip(self.cells, np.split(data, len(self.cells)), strict=True):
+            cell.write(who, time, part.reshape(cell.data.shape))
+
+
 class _Reinterpreted:
-    """The bytes of shared memory, cut anew: pieces that lie inside one cell each."""
+    """The bytes of shared memory, cut anew: each piece a part of a cell, or several whole ones."""
 
     def __init__(self, memory: Memory, dtype, shape, layout):
         self.memory, self.shape = memory, [int(n) for n in shape]
@@ -257,9 +303,10 @@ class _Reinterpreted:
         """Piece i."""
         size, of_cell = math.prod(self.shape[1:]), self.memory.cells[0].data.size
         number, start = divmod(int(i) * size, of_cell)
-        assert start + size <= of_cell, "a piece of several cells"
         cut = slice(start, start + size)
-        cell = self.memory.index(number).cell
+        cells = [self.memory.index(number + n).cell for n in range(max(size // of_cell, 1))]
+        assert start + size <= of_cell * len(cells), "a piece of several cells, and not of whole ones"
+        cell = cells[0] if len(cells) == 1 else _Joined(cells)
         return Memory([cell], lambda data: data.reshape(-1)[cut].reshape(self.shape[1:]))
 
 

@@ -24,8 +24,8 @@ from tandem_attn.kernels.config_backward import (
 from tandem_attn.testing.shipped import WINDOWS, question, unusual_fields
 
 LENGTHS = (128, 1000, 4096)  # whole tiles of keys and not
-HEAD_SHAPES = ((64, 64), (96, 96), (128, 128), (192, 64), (192, 128), (192, 192), (256, 256))
-RARE = (256, 64)  # tiles of heads that no model has
+RARE = ((192, 64), (256, 64), (256, 128), (256, 192))  # tiles of heads that no model has
+HEAD_SHAPES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), *RARE)
 FEW_KINDS = ((CausalMask, Dense), (WindowMask, Varlen))
 ORDERED_KINDS = ((NoMask, Dense), (FullMask, Varlen), (CausalMask, Dense), (WindowMask, Varlen))
 USED = ("seqused_q", "seqused_k")
@@ -80,22 +80,22 @@ def variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
     loads of a sequence.
     """
     made = functools.partial(configs, copies_operands=copies_operands)
-    shipped = [Variant(c) for c in made() if _shape(c) != RARE or _kind(c) in FEW_KINDS]
+    shipped = [Variant(c) for c in made() if _shape(c) not in RARE or _kind(c) in FEW_KINDS]
     ordered = [c for c in made(deterministic=True) if isinstance(c, BackwardConfig) and c.ordered]
     shipped += [Variant(c) for c in ordered if _kind(c) in ORDERED_KINDS]
     for c in made(num_kv_heads=1) + made(deterministic=True, num_kv_heads=1):
         kinds = FEW_KINDS[:1] if getattr(c, "ordered", False) else FEW_KINDS
-        if getattr(c, "partial", False) and _kind(c) in kinds and _shape(c) != RARE:
+        if getattr(c, "partial", False) and _kind(c) in kinds and _shape(c) not in RARE:
             shipped.append(Variant(c))
     shipped = list(dict.fromkeys(shipped))
     for c in made(torch.float16) + made(softcap=30.0):
         extra = (NoMask, Dense) if c.element == "fp16" else (WindowMask, Varlen)
-        wide = (256, 128) if c.element == "fp16" else (256, 256)
+        wide = (192, 128) if c.element == "fp16" else (256, 256)
         usual = _kind(c) == (CausalMask, Dense) and (_shape(c) == wide or isinstance(c, BackwardConfig))
         if usual or (_kind(c) == extra and _shape(c) == (128, 128)):
             shipped.append(Variant(c))
     packed = [c for c in made() if _kind(c) == (CausalMask, Varlen)]
-    shipped += [Variant(c, USED) for c in packed if _shape(c) in ((128, 128), (256, 128))]
+    shipped += [Variant(c, USED) for c in packed if _shape(c) in ((128, 128), (192, 128))]
     return shipped + variants_of_rows(made)
 
 
@@ -121,7 +121,7 @@ def distinct_variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
     """For a quicker look: bf16, one mask of each head shape, another of the usual ones, one in order."""
     shipped = []
     for v in variants(copies_operands):
-        usual = v.config.element == "bf16" and not v.config.softcap and _shape(v.config) != RARE
+        usual = v.config.element == "bf16" and not v.config.softcap and _shape(v.config) not in RARE
         if v.of_rows:
             chosen = _shape(v.config) in ((128, 128), (256, 256)) or v.of_rows == "clear_padding"
         elif v.given or not usual:
