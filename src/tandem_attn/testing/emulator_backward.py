@@ -33,7 +33,17 @@ from tandem_attn.testing.emulator import (
     _tma_load,
     _tma_store_wait,
 )
-from tandem_attn.testing.machine import Cell, Clock, Machine, Partition, Race, as_generators, join, partition
+from tandem_attn.testing.machine import (
+    Cell,
+    Clock,
+    Machine,
+    Partition,
+    Race,
+    as_generators,
+    check_over,
+    join,
+    partition,
+)
 from tandem_attn.testing.plain import DeviceInt, Int64, Layout, Pointer, array, gluon_module, load
 
 BEFORE = "the launch before"  # whose end is time 1 of this clock
@@ -292,6 +302,48 @@ class _Joined:
             cell.write(who, time, part.reshape(cell.data.shape))
 
 
+class _Part:
+    """Some elements of a cell: whoever reads them is not in the way of who writes others."""
+
+    def __init__(self, cell: Cell, start: int):
+        self.cell, self.start = cell, start
+
+    @property
+    def data(self) -> np.ndarray:
+        """Of the whole cell."""
+        return self.cell.data
+
+    @property
+    def unfenced(self) -> bool:
+        """Whether the cell is."""
+        return self.cell.unfenced
+
+    @unfenced.setter
+    def unfenced(self, value: bool) -> None:
+        self.cell.unfenced = value
+
+    @property
+    def reads(self) -> Clock:
+        """Of these elements."""
+        return self.cell.reads_of_parts.setdefault(self.start, {})
+
+    def check_read(self, clock: Clock, what: str) -> None:
+        """As that of the cell."""
+        self.cell.check_read(clock, what)
+
+    def check_write(self, clock: Clock, what: str) -> None:
+        """Raise unless all reads of the cell and of this part, and the last write, are known to be over."""
+        self.cell.check_read(clock, what)
+        for reads in (self.cell.reads, self.reads):
+            check_over(reads, clock, what)
+
+    def write(self, who, time: int, data: np.ndarray) -> None:
+        """The cell has new data, other parts are read as before."""
+        others = {start: reads for start, reads in self.cell.reads_of_parts.items() if start != self.start}
+        self.cell.write(who, time, data)
+        self.cell.reads_of_parts = others
+
+
 class _Reinterpreted:
     """The bytes of shared memory, cut anew: each piece a part of a cell, or several whole ones."""
 
@@ -306,7 +358,7 @@ class _Reinterpreted:
         cut = slice(start, start + size)
         cells = [self.memory.index(number + n).cell for n in range(max(size // of_cell, 1))]
         assert start + size <= of_cell * len(cells), "a piece of several cells, and not of whole ones"
-        cell = cells[0] if len(cells) == 1 else _Joined(cells)
+        cell = _Part(cells[0], start) if len(cells) == 1 else _Joined(cells)
         return Memory([cell], lambda data: data.reshape(-1)[cut].reshape(self.shape[1:]))
 
 

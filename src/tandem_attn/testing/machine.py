@@ -39,6 +39,7 @@ class Cell:
         self.data = np.full(shape, np.nan)
         self.written: tuple | None = None  # (who, time)
         self.reads: Clock = {}
+        self.reads_of_parts: dict[int, Clock] = {}  # by the first element of a part
         self.unfenced = False
         self.fills = 0
 
@@ -54,14 +55,20 @@ class Cell:
         """Raise unless all reads and the last write are known to be over."""
         if self.written is not None:
             self.check_read(clock, what)
-        for who, time in self.reads.items():
-            if clock.get(who, 0) < time:
-                raise Race(f"{what}: a read by {who} may not be over")
+        for reads in (self.reads, *self.reads_of_parts.values()):
+            check_over(reads, clock, what)
 
     def write(self, who, time: int, data) -> None:
         """From now on this is what the cell holds."""
-        self.written, self.reads, self.unfenced = (who, time), {}, False
+        self.written, self.reads, self.reads_of_parts, self.unfenced = (who, time), {}, {}, False
         self.data = data
+
+
+def check_over(reads: Clock, clock: Clock, what: str) -> None:
+    """Raise unless `clock` knows that these reads are over."""
+    for who, time in reads.items():
+        if clock.get(who, 0) < time:
+            raise Race(f"{what}: a read by {who} may not be over")
 
 
 class Barrier:
