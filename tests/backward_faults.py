@@ -20,9 +20,23 @@ def swapped(first: str, second: str) -> dict[str, str]:
     return {first + second: second + first}
 
 
+def released_if(condition: str) -> str:
+    """What stands instead of RELEASE if a block goes back only then."""
+    return f"        if {condition}:\n    {RELEASE}"
+
+
+def released_early(condition: str) -> dict[str, str]:
+    """The fault that blocks go back before they are read, on this condition."""
+    late = released_if(f"not ({condition})")
+    return {FINISHED + RELEASE: released_if(condition) + FINISHED + late}
+
+
+FINISHED = "        x = finished(started, ring.chunks, other.chunks)\n"
+RELEASE = "        ring.release(i)\n"
 LOADS_Q = (
     "            shared.q.acquire(i)\n"
-    "            shared.q.fill(i, q_desc, stat_desc, tile.sequence, head, row, lse + problem.delta_start)\n"
+    "            with_q = lse if c.joint else lse + problem.delta_start\n"
+    "            shared.q.fill(i, q_desc, stat_desc, tile.sequence, head, row, with_q)\n"
 )
 FAULTS = {  # piece of source: what stands there instead
     "rows are not handed back": {"(dk, dv, s))\n    shared.q.release(i)\n": "(dk, dv, s))\n"},
@@ -88,16 +102,13 @@ FAULTS = {  # piece of source: what stands there instead
     "full: dQ goes to the rows of another block": {"statistics, tile.block(m))": "statistics, m)"},
     "parts: a part is taken for another": {"self.part * problem.heads": "self.kv_head * problem.heads"},
     "parts: parts go to one place": {"problem.num_parts + tile.part": "problem.num_parts + tile.kv_head"},
-    "keys: Q is handed back while dK is computed": swapped(
-        "        dk = _finished(c.v_chunks, started, shared.q)\n", "        shared.q.release(i)\n"
-    ),
-    "keys: dO is handed back while dV is computed": swapped(
-        "        dv = _finished(c.qk_chunks, started, shared.do)\n", "        shared.do.release(i)\n"
-    ),
-    "keys: Q is not handed back": {"        shared.q.release(i)\n": ""},
-    "keys: dO is not handed back": {"        shared.do.release(i)\n": ""},
+    # at 256/192 the ring of Q has one piece, that of dO three
+    "keys: Q is handed back while dK is computed": released_early("ring.chunks == 1"),
+    "keys: dO is handed back while dV is computed": released_early("ring.chunks > 1"),
+    "keys: Q is not handed back": {RELEASE: released_if("ring.chunks > 1")},
+    "keys: dO is not handed back": {RELEASE: released_if("ring.chunks == 1")},
     "keys: Q is overwritten before it is handed back": {"            shared.q.acquire(i)\n": ""},
-    "keys: dO is overwritten before it is handed back": {"            shared.do.acquire(i)\n": ""},
+    "keys: dO is overwritten before it is handed back": {"    shared.do.acquire(i)\n": "    pass\n"},
     "keys: dO is loaded before Q": {LOADS_Q: "", "            i += 1\n": LOADS_Q + "            i += 1\n"},
     "keys: K is not waited for": {"    mbarrier.wait(shared.kv_full.index(0), 0)\n": ""},
     "keys: V is not waited for": {"    mbarrier.wait(shared.kv_full.index(1), 0)\n": ""},
@@ -109,14 +120,13 @@ FAULTS = {  # piece of source: what stands there instead
     ),
     "keys: Q is handed back before P is taken": {
         "    ds = (_take": "    shared.q.release(i)\n    ds = (_take",
-        "        shared.q.release(i)\n": "",
+        RELEASE: released_if("ring.chunks > 1"),
     },
     "keys: scores after the last": {"c.Mask.masks, True)\n": "c.Mask.masks)\n"},
     "keys: dP after the last": {"tile.count - 1, dp, dk, True)": "tile.count - 1, dp, dk)"},
     "keys: lse and delta change places": {
-        "head, row, lse + problem.delta_start)": "head, row, lse)",
-        "do_desc, stat_desc, tile.sequence, head, row, lse)":
-        "do_desc, stat_desc, tile.sequence, head, row, lse + problem.delta_start)",
+        "with_q = lse if c.joint else lse + problem.delta_start": "with_q = lse",
+        "with_do = lse + problem.delta_start if c.joint else lse": "with_do = lse + problem.delta_start",
     },
     "keys: dV is staged where dP is made from": {"reinterpreted(shared.k": "reinterpreted(shared.v"},
     "keys: dK is staged where scores are made from": {
@@ -130,9 +140,10 @@ FAULTS = {  # piece of source: what stands there instead
     "keys: row statistics before they are there": {"gdc_wait()  # for the row": "# for the row"},
     "keys: a program without keys does not wait": {"gdc_wait()  # so that the end": "pass  # so"},
     "queries: K is handed back while dQ is computed": {
-        "    dq = warpgroup_mma_wait(0, deps=started)\n":
-        "    shared.k.release(i)\n    dq = warpgroup_mma_wait(0, deps=started)\n",
-        "        dq = (dq,)\n    shared.k.release(i)\n": "        dq = (dq,)\n",
+        "    dq = finished(start_sum(ds, shared.k, i, dq), c.qk_chunks)\n    shared.k.release(i)\n": (
+            "    dq = start_sum(ds, shared.k, i, dq)\n    shared.k.release(i)\n"
+            "    dq = finished(dq, c.qk_chunks)\n"
+        )
     },
     "queries: V is handed back while dP is computed": swapped(
         "    dp = warpgroup_mma_wait(0, deps=(dp,))\n", "    shared.v.release(u)\n"
@@ -160,7 +171,7 @@ KINDS = {
     "ordered": dict(ordered=True),
     "packed": dict(varlen=True),
     "parts": dict(heads=(1, 2, 2), parts=2),
-    "keys": dict(dims=(256, 256)),
+    "keys": dict(dims=(256, 192)),
     "queries": dict(dims=(256, 256)),
     BLIND: dict(window=Window(70, 0), seqlens=(20, 300)),
     TWO_BUFFERS: dict(kind=LooseConfig, ds_stages=2),

@@ -233,14 +233,14 @@ FAULTS = {
     "V is not waited for": {"    shared.v.wait(before, has_pv)\n": ""},
     "V is not handed back": {"    v.release(j, has_pv)\n": ""},
     "V is handed back while P V is computed": {
-        "    waited = warpgroup_mma_wait(0, deps=started)\n": (
-            "    v.release(j, has_pv)\n    waited = warpgroup_mma_wait(0, deps=started)\n"
+        "    waited = finished(started, v.chunks)\n": (
+            "    v.release(j, has_pv)\n    waited = finished(started, v.chunks)\n"
         ),
         "    v.release(j, has_pv)\n    if rescale:": "    if rescale:",
     },
     "named: V is handed back while P V is computed": {
-        "    waited = warpgroup_mma_wait(0, deps=started)\n": (
-            "    v.release(j, has_pv)\n    waited = warpgroup_mma_wait(0, deps=started)\n"
+        "    waited = finished(started, v.chunks)\n": (
+            "    v.release(j, has_pv)\n    waited = finished(started, v.chunks)\n"
         ),
         "    v.release(j, has_pv)\n    if rescale:": "    if rescale:",
     },

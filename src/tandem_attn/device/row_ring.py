@@ -7,17 +7,6 @@ from tandem_attn.device.gluon import aggregate, gl, gluon, mbarrier, tma_load
 from tandem_attn.device.ring import make_barriers
 
 
-@gluon.jit
-def hidden(i: gl.constexpr):
-    """i, as a number that the compiler cannot see through.
-
-    Else it keeps every wgmma descriptor of an operand that stays in place in registers across the loop: 140
-    to 560 bytes of spills, and wgmma serialised (C7512).
-    """
-    zero = gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    return zero + i
-
-
 @aggregate
 class RowRing:
     """Stages of one operand and one row statistic."""

@@ -13,6 +13,7 @@ whatever they hold.
 from tandem_attn.device.gluon import aggregate, gl, gluon, policy
 
 RAGGED_END = gl.constexpr(2**30)
+LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"]  # arguments about packed sequences
 PADDING = gl.constexpr(128)  # rows
 
 

@@ -22,9 +22,10 @@ from tandem_attn.device.gluon import (
 from tandem_attn.device.ring import make_barriers
 from tandem_attn.device.row_ring import make_row_ring
 from tandem_attn.device.schedule import Rows
+from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.device.softmax import gradient_scale
 from tandem_attn.kernels.backward_steps import Shared, State, put_ds, skipped, start_dq, start_scores, step
-from tandem_attn.kernels.backward_tile import Problem, load_keys, make_tile, store_keys
+from tandem_attn.kernels.backward_tile import NUMBERS, Problem, make_tile, producer, store_keys
 
 
 @gluon.jit
@@ -126,27 +127,6 @@ def _free_stage(shared, group: gl.constexpr, tile):
 
 
 @gluon.jit
-def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc):
-    c: gl.constexpr = problem.config.static
-    load_keys(shared.kv_full.index(0), shared.k, k_desc, tile, 2, 1)
-    load_keys(shared.kv_full.index(1), shared.v, v_desc, tile, 2, 1)
-    gdc_wait()  # for the row statistics; keys, queries and dO were there before prepare_rows
-    heads = gl.where(tile.count > 0, problem.heads, 1)  # consumers look at block 0 in any case
-    end = gl.maximum(tile.end, tile.begin + 1)
-    i = 0
-    for g in range(heads):
-        head = tile.part * problem.heads + g
-        statistics = tile.statistics(problem, g)
-        for m in range(tile.begin, end):
-            row = tile.block(m) * c.tile_m
-            lse = statistics + row
-            shared.q.acquire(i)
-            shared.q.fill(i, q_desc, stat_desc, tile.sequence, head, row, lse)
-            shared.do.fill(i, do_desc, stat_desc, tile.sequence, head, row, lse + problem.delta_start)
-            i += 1
-
-
-@gluon.jit
 def _add_dq(group: gl.constexpr, problem, adds, tile):
     """The warp that adds what one consumer has put."""
     number = 0
@@ -174,13 +154,7 @@ def _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config: gl.constexp
 
 
 # nothing about lengths, heads or alignment makes another kernel
-@gluon.jit(
-    do_not_specialize=[
-        *("batch", "num_parts", "parts", "heads", "heads_magic", "seqlen_q", "seqlen_k", "window_left"),
-        *("window_right", "padded_rows", "delta_start", "group", "group_magic", "last_magic", "tiles_magic"),
-    ],
-    do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"],
-)
+@gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LENGTHS)
 def attention_backward(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_desc, dk_out, dv_out, counters,
                        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch, num_parts, parts, heads,
                        seqlen_q, seqlen_k, window_left, window_right, padded_rows, delta_start, group,
@@ -206,7 +180,7 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_desc, dk_o
         gl.warp_specialize([
             (_consumer, (0, problem, shared, adds, tile, dk_out, dv_out)),
             (_consumer, (1, problem, shared, adds, tile, dk_out, dv_out)),
-            (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
+            (producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
             (_add_dq, (0, problem, adds, tile)),
             (_add_dq, (1, problem, adds, tile)),
         ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip

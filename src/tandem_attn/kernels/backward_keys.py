@@ -26,15 +26,16 @@ from tandem_attn.device.gluon import (
     mbarrier,
     reinterpreted,
     tma_store_wait,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from tandem_attn.device.mask import apply_mask_transposed
+from tandem_attn.device.pieces import finished, start_product, start_sum, zeros
 from tandem_attn.device.ring import make_barriers
 from tandem_attn.device.row_ring import RowRing, make_row_ring
 from tandem_attn.device.schedule import Rows
+from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.device.softmax import gradient_scale, recomputed
-from tandem_attn.kernels.backward_tile import Problem, load_keys, make_tile, start_transposed, store_keys
+from tandem_attn.kernels.backward_tile import NUMBERS, Problem, make_tile, producer, store_keys
 
 
 @aggregate
@@ -48,35 +49,6 @@ class Shared:
     do: RowRing  # dO with lse (base 2), likewise
     p: gl.shared_memory_descriptor  # [stages, 64, tile_m]: P^T
     p_full: gl.shared_memory_descriptor
-
-
-@gluon.jit
-def _zeros(width: gl.constexpr, chunks: gl.constexpr, layout: gl.constexpr):
-    """A gradient of 64 keys in pieces."""
-    x = ()
-    for _ in gl.static_range(chunks):
-        x = x + (gl.zeros([64, width], gl.float32, layout),)
-    return x
-
-
-@gluon.jit
-def _start_gradient(p, ring, i, x):
-    """Start x += p times block i of rows, pieces of 64 keys by pieces."""
-    operand: gl.constexpr = gl.DotOperandLayout(0, x[0].type.layout, 2)
-    p = gl.convert_layout(p, operand, assert_trivial=True)
-    started = ()
-    for c in gl.static_range(ring.chunks):
-        started = started + (warpgroup_mma(p, ring.chunk(i, c), x[c], is_async=True),)
-    return started
-
-
-@gluon.jit
-def _finished(pending: gl.constexpr, started, ring):
-    """A gradient, once no more than `pending` products are under way."""
-    x = warpgroup_mma_wait(pending, deps=started)
-    if ring.chunks == 1:
-        x = (x,)
-    return x
 
 
 @gluon.jit
@@ -96,6 +68,23 @@ def _take(problem, shared, i):
 
 
 @gluon.jit
+def _advance(x, p, ring, i, keys, other, s, closes: gl.constexpr):
+    """Add p times block i of `ring` to x, a gradient; beside it, unless it `closes`, the product of keys and
+    block i + 1 of the other ring, which comes instead of s. Hands block i back. Returns (s, x)."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, x[0].type.layout, 2)
+    started = start_sum(gl.convert_layout(p, operand, assert_trivial=True), ring, i, x)
+    if closes:
+        x = finished(started, ring.chunks)
+    else:
+        layout: gl.constexpr = s.type.layout
+        following = start_product(keys, 0, other, i + 1, layout)
+        x = finished(started, ring.chunks, other.chunks)
+        ring.release(i)
+        s = warpgroup_mma_wait(0, deps=(following,))
+    return s, x
+
+
+@gluon.jit
 def _value_step(problem, shared, tile, i, m_start, s, dv, masked: gl.constexpr, closes: gl.constexpr = False):
     """Block i: (S^T of the next, dV). `closes`: there is no next."""
     c: gl.constexpr = problem.config.static
@@ -104,15 +93,7 @@ def _value_step(problem, shared, tile, i, m_start, s, dv, masked: gl.constexpr, 
     p, sloped = recomputed(problem, s, lse, tile.mask, tile.n_start, m_start, masked, apply_mask_transposed)
     p16 = p.to(c.dtype)
     _put(problem, shared, i, sloped.to(c.dtype) if c.softcap else p16)
-    started = _start_gradient(p16, shared.do, i, dv)
-    if closes:
-        dv = _finished(0, started, shared.do)
-    else:
-        scores = start_transposed(problem, shared.k, 0, shared.q, i + 1)
-        dv = _finished(c.qk_chunks, started, shared.do)
-        shared.do.release(i)
-        s = warpgroup_mma_wait(0, deps=(scores,))
-    return s, dv
+    return _advance(dv, p16, shared.do, i, shared.k, shared.q, s, closes)
 
 
 @gluon.jit
@@ -131,8 +112,8 @@ def _values(problem, shared, tile, dv_out):
     """The consumer that owns dV."""
     c: gl.constexpr = problem.config.static
     mbarrier.wait(shared.kv_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=(start_transposed(problem, shared.k, 0, shared.q, 0),))
-    dv = _zeros(c.v_width, c.v_chunks, c.dv_accumulator)
+    s = warpgroup_mma_wait(0, deps=(start_product(shared.k, 0, shared.q, 0, c.s_accumulator),))
+    dv = zeros(64, c.v_width, c.v_chunks, c.dv_accumulator)
     for g in range(problem.heads):
         end = tile.end - gl.where(g == problem.heads - 1, 1, 0)
         whole = tile.begin
@@ -162,15 +143,7 @@ def _key_step(problem, shared, i, dp, dk, closes: gl.constexpr = False):
     shared.q.wait(i)
     delta = gl.expand_dims(shared.q.stats(i, gl.SliceLayout(0, c.s_accumulator)), 0)
     ds = (_take(problem, shared, i).to(gl.float32) * (dp - delta)).to(c.dtype)
-    started = _start_gradient(ds, shared.q, i, dk)
-    if closes:
-        dk = _finished(0, started, shared.q)
-    else:
-        next_dp = start_transposed(problem, shared.v, 0, shared.do, i + 1)
-        dk = _finished(c.v_chunks, started, shared.q)
-        shared.q.release(i)
-        dp = warpgroup_mma_wait(0, deps=(next_dp,))
-    return dp, dk
+    return _advance(dk, ds, shared.q, i, shared.v, shared.do, dp, closes)
 
 
 @gluon.jit
@@ -178,8 +151,8 @@ def _keys(problem, shared, tile, dk_out):
     """The consumer that owns dK."""
     c: gl.constexpr = problem.config.static
     mbarrier.wait(shared.kv_full.index(1), 0)
-    dp = warpgroup_mma_wait(0, deps=(start_transposed(problem, shared.v, 0, shared.do, 0),))
-    dk = _zeros(c.qk_width, c.qk_chunks, c.dk_accumulator)
+    dp = warpgroup_mma_wait(0, deps=(start_product(shared.v, 0, shared.do, 0, c.s_accumulator),))
+    dk = zeros(64, c.qk_width, c.qk_chunks, c.dk_accumulator)
     for i in range(tile.count - 1):
         dp, dk = _key_step(problem, shared, i, dp, dk)
     if tile.count > 0:
@@ -188,28 +161,6 @@ def _keys(problem, shared, tile, dk_out):
         smem = shared.q.chunk(gl.maximum(tile.count, 1), n)
         store_keys(problem, tile, tile.n_start, smem, dk[n] * problem.scale, dk_out, n, c.qk_chunks)
     tma_store_wait(0)
-
-
-@gluon.jit
-def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc):
-    c: gl.constexpr = problem.config.static
-    load_keys(shared.kv_full.index(0), shared.k, k_desc, tile, 1, c.qk_chunks)
-    load_keys(shared.kv_full.index(1), shared.v, v_desc, tile, 1, c.v_chunks)
-    gdc_wait()  # for the row statistics; keys, queries and dO were there before prepare_rows
-    heads = gl.where(tile.count > 0, problem.heads, 1)  # consumers look at block 0 in any case
-    end = gl.maximum(tile.end, tile.begin + 1)
-    i = 0
-    for g in range(heads):
-        head = tile.part * problem.heads + g
-        statistics = tile.statistics(problem, g)
-        for m in range(tile.begin, end):
-            row = tile.block(m) * c.tile_m
-            lse = statistics + row
-            shared.q.acquire(i)
-            shared.q.fill(i, q_desc, stat_desc, tile.sequence, head, row, lse + problem.delta_start)
-            shared.do.acquire(i)
-            shared.do.fill(i, do_desc, stat_desc, tile.sequence, head, row, lse)
-            i += 1
 
 
 @gluon.jit
@@ -228,13 +179,7 @@ def _make_shared(q_desc, k_desc, v_desc, do_desc, stat_desc, config: gl.constexp
 
 
 # nothing about lengths, heads or alignment makes another kernel
-@gluon.jit(
-    do_not_specialize=[
-        *("batch", "num_parts", "parts", "heads", "heads_magic", "seqlen_q", "seqlen_k", "window_left"),
-        *("window_right", "padded_rows", "delta_start", "group", "group_magic", "last_magic", "tiles_magic"),
-    ],
-    do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"],
-)
+@gluon.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LENGTHS)
 def key_gradients(q_desc, k_desc, v_desc, do_desc, stat_desc, dk_out, dv_out, cu_seqlens_q, cu_seqlens_k,
                   seqused_q, seqused_k, batch, num_parts, parts, heads, seqlen_q, seqlen_k, window_left,
                   window_right, padded_rows, delta_start, group, heads_magic, group_magic, last_magic,
@@ -255,7 +200,7 @@ def key_gradients(q_desc, k_desc, v_desc, do_desc, stat_desc, dk_out, dv_out, cu
         gl.warp_specialize([
             (_values, (problem, shared, tile, dv_out)),
             (_keys, (problem, shared, tile, dk_out)),
-            (_producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
+            (producer, (problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gdc_wait()  # so that the end of this kernel tells that the one before has ended

@@ -24,13 +24,13 @@ from tandem_attn.device.gluon import (
     tma_load,
     tma_store,
     tma_store_wait,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from tandem_attn.device.mask import apply_mask
+from tandem_attn.device.pieces import finished, start_product, start_sum, zeros
 from tandem_attn.device.ring import Ring, first_fill, make_barriers, make_ring
-from tandem_attn.device.row_ring import hidden
 from tandem_attn.device.schedule import Rows
+from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.device.softmax import gradient_scale, recomputed
 
 
@@ -72,27 +72,13 @@ class Tile:
 
 
 @gluon.jit
-def _start_product(problem, rows, group: gl.constexpr, ring, i):
-    """Start S = Q K^T or dP = dO V^T of this consumer's rows and fill i of keys, once that has landed."""
-    c: gl.constexpr = problem.config.static
-    ring.wait(i)
-    s = gl.zeros([64, c.tile_n], gl.float32, c.s_accumulator)
-    for n in gl.static_range(ring.chunks):
-        mine = rows.index(hidden(group * ring.chunks + n))
-        # one stage stays in place
-        keys = ring.smem.index(hidden(n)) if ring.num_stages == 1 else ring.chunk(i, n)
-        s = warpgroup_mma(mine, keys.permute((1, 0)), s, use_acc=n > 0, is_async=True)
-    return s
-
-
-@gluon.jit
 def _step(problem, shared, group: gl.constexpr, tile, j, lse, delta, dq, masked: gl.constexpr):
     """Key block j, counted from the last one back: the next dQ."""
     c: gl.constexpr = problem.config.static
     i = first_fill(c.k_stages) + j
     u = first_fill(c.v_stages) + j
-    s = _start_product(problem, shared.q, group, shared.k, i)
-    dp = _start_product(problem, shared.do, group, shared.v, u)
+    s = start_product(shared.q, group * c.qk_chunks, shared.k, i, c.s_accumulator)
+    dp = start_product(shared.do, group * c.v_chunks, shared.v, u, c.s_accumulator)
     s = warpgroup_mma_wait(c.v_chunks, deps=(s,))
     m_start = tile.m_start + 64 * group
     n_start = (tile.n_end - 1 - j) * c.tile_n
@@ -103,12 +89,7 @@ def _step(problem, shared, group: gl.constexpr, tile, j, lse, delta, dq, masked:
     ds = (p * (dp - gl.expand_dims(delta, 1))).to(c.dtype)
     operand: gl.constexpr = gl.DotOperandLayout(0, c.dq_accumulator, 2)
     ds = gl.convert_layout(ds, operand, assert_trivial=True)
-    started = ()
-    for n in gl.static_range(c.qk_chunks):
-        started = started + (warpgroup_mma(ds, shared.k.chunk(i, n), dq[n], is_async=True),)
-    dq = warpgroup_mma_wait(0, deps=started)
-    if c.qk_chunks == 1:
-        dq = (dq,)
+    dq = finished(start_sum(ds, shared.k, i, dq), c.qk_chunks)
     shared.k.release(i)
     return dq
 
@@ -128,9 +109,7 @@ def _consumer(group: gl.constexpr, problem, shared, tile, stat_ptr, delta_start,
     at = stat_ptr + tile.statistics + 64 * group + gl.arange(0, 64, row)
     lse = gl.load(at)
     delta = gl.load(at + delta_start)
-    dq = ()
-    for _ in gl.static_range(c.qk_chunks):
-        dq = dq + (gl.zeros([64, c.qk_width], gl.float32, c.dq_accumulator),)
+    dq = zeros(64, c.qk_width, c.qk_chunks, c.dq_accumulator)
     mbarrier.wait(shared.rows_full.index(group), 0)
     whole = 0
     if c.Mask.masks:
@@ -180,7 +159,7 @@ def _producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc):
         *("delta_start", "group", "heads_magic", "group_size_magic", "group_magic", "last_magic"),
         "tiles_magic",
     ],
-    do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"],
+    do_not_specialize_on_alignment=LENGTHS,
 )
 def query_gradient(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q,
                    seqused_k, batch, num_heads, seqlen_q, seqlen_k, window_left, window_right, padded_rows,

@@ -6,12 +6,11 @@ the kernel between needs no test for the end of a sequence: rows past it weigh n
 
 from tandem_attn.device.accumulate import CHUNK, from_register_order
 from tandem_attn.device.gluon import gdc_launch_dependents, gdc_wait, gl, gluon
-from tandem_attn.device.sequence import PADDING
+from tandem_attn.device.sequence import LENGTHS, PADDING
 
 LOG2E = gl.constexpr(1.4426950408889634)
 SUMMED_ROWS = gl.constexpr(32)  # of a program of sum_parts
 
-_LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"]
 _STRIDES = ["out_batch", "out_row", "out_head", "dout_batch", "dout_row", "dout_head"]
 _NUMBERS = ["row_blocks", "num_heads", "seqlen_q", "seqlen_k", "padded_rows"]
 
@@ -36,7 +35,7 @@ def _padded(seqlen):
 
 @gluon.jit(
     do_not_specialize=[*_NUMBERS, *_STRIDES, "delta_start", "columns"],
-    do_not_specialize_on_alignment=["lse_ptr", "dlse_ptr", *_LENGTHS],
+    do_not_specialize_on_alignment=["lse_ptr", "dlse_ptr", *LENGTHS],
 )
 def prepare_rows(out_ptr, dout_ptr, clean_ptr, lse_ptr, dlse_ptr, stat_ptr, counters, cu_seqlens_q,
                  cu_seqlens_k, seqused_q, seqused_k, row_blocks, num_heads, seqlen_q, seqlen_k,
@@ -103,7 +102,7 @@ def _clear_counters(counters, stat, config: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[*_NUMBERS, "columns"],
-    do_not_specialize_on_alignment=_LENGTHS,
+    do_not_specialize_on_alignment=LENGTHS,
 )
 def finish_rows(dq_acc_ptr, dq_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, row_blocks,
                 num_heads, seqlen_q, seqlen_k, padded_rows, columns, scale,

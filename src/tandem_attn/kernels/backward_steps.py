@@ -22,10 +22,10 @@ from tandem_attn.device.gluon import (
     warpgroup_mma_wait,
 )
 from tandem_attn.device.mask import apply_mask_transposed
+from tandem_attn.device.pieces import hidden, start_product
 from tandem_attn.device.precision import product16
-from tandem_attn.device.row_ring import RowRing, hidden
+from tandem_attn.device.row_ring import RowRing
 from tandem_attn.device.softmax import recomputed
-from tandem_attn.kernels.backward_tile import start_transposed
 
 
 @aggregate
@@ -53,7 +53,7 @@ class State:
 @gluon.jit
 def start_scores(problem, shared, group: gl.constexpr, i):
     """Start S^T = K Q^T of block i, once that has landed."""
-    return start_transposed(problem, shared.k, group, shared.q, i)
+    return start_product(shared.k, group, shared.q, i, problem.config.static.s_accumulator)
 
 
 @gluon.jit
@@ -118,7 +118,7 @@ def step(problem, shared, adds, group: gl.constexpr, tile, i, m_start, state, ma
     """Block i: see the top of the file. Returns the next state. `opens`: block 0,
     before which there is no dS."""
     c: gl.constexpr = problem.config.static
-    dp = start_transposed(problem, shared.v, group, shared.do, i)
+    dp = start_product(shared.v, group, shared.do, i, c.s_accumulator)
     p, sloped = _probabilities(problem, shared, group, tile, i, m_start, state.s, masked)
     p16 = p.to(c.dtype)
     operand: gl.constexpr = gl.DotOperandLayout(0, c.dv_accumulator, 2)

@@ -9,14 +9,19 @@ from tandem_attn.device.gluon import (
     aggregate,
     base_value,
     fence_async_shared,
+    gdc_wait,
     gl,
     gluon,
     mbarrier,
     tma_load,
     tma_store,
-    warpgroup_mma,
 )
-from tandem_attn.device.row_ring import hidden
+
+# arguments of both kernels whose values make no other kernel
+NUMBERS = [
+    *("batch", "num_parts", "parts", "heads", "heads_magic", "seqlen_q", "seqlen_k", "window_left"),
+    *("window_right", "padded_rows", "delta_start", "group", "group_magic", "last_magic", "tiles_magic"),
+]
 
 
 @aggregate
@@ -85,26 +90,39 @@ def make_tile(problem, sequence, index, block, part, parts, window_left, window_
 
 
 @gluon.jit
-def start_transposed(problem, keys, first: gl.constexpr, ring, i):
-    """Start S^T = K Q^T or dP^T = V dO^T of 64 keys, whose pieces begin with number `first`, and block i of
-    rows, once that has landed."""
-    c: gl.constexpr = problem.config.static
-    ring.wait(i)
-    s = gl.zeros([64, c.tile_m], gl.float32, c.s_accumulator)
-    for n in gl.static_range(ring.chunks):
-        rows = ring.chunk(i, n).permute((1, 0))
-        s = warpgroup_mma(keys.index(hidden(first + n)), rows, s, use_acc=n > 0, is_async=True)
-    return s
-
-
-@gluon.jit
-def load_keys(full, smem, desc, tile, tiles: gl.constexpr, chunks: gl.constexpr):
+def _load_keys(full, smem, desc, tile, tiles: gl.constexpr, chunks: gl.constexpr):
     """Start the loads of K or V, 64 keys at a time."""
     mbarrier.expect(full, tiles * chunks * desc.block_type.nbytes)
     for n in gl.static_range(tiles):
         for c in gl.static_range(chunks):
             coords = tile.sequence.coords("k", tile.kv_head, tile.n_start + 64 * n, c * smem.shape[2])
             tma_load(desc, coords, full, smem.index(n * chunks + c).reshape(desc.block_type.shape))
+
+
+@gluon.jit
+def producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc):
+    """The partition that loads everything: K, V, and all blocks of rows."""
+    c: gl.constexpr = problem.config.static
+    _load_keys(shared.kv_full.index(0), shared.k, k_desc, tile, c.tile_n // 64, c.qk_chunks)
+    _load_keys(shared.kv_full.index(1), shared.v, v_desc, tile, c.tile_n // 64, c.v_chunks)
+    gdc_wait()  # for the row statistics; keys, queries and dO were there before prepare_rows
+    heads = gl.where(tile.count > 0, problem.heads, 1)  # consumers look at block 0 in any case
+    end = gl.maximum(tile.end, tile.begin + 1)
+    i = 0
+    for g in range(heads):
+        head = tile.part * problem.heads + g
+        statistics = tile.statistics(problem, g)
+        for m in range(tile.begin, end):
+            row = tile.block(m) * c.tile_m
+            lse = statistics + row
+            shared.q.acquire(i)
+            with_q = lse if c.joint else lse + problem.delta_start
+            shared.q.fill(i, q_desc, stat_desc, tile.sequence, head, row, with_q)
+            if not c.joint:
+                shared.do.acquire(i)
+            with_do = lse + problem.delta_start if c.joint else lse
+            shared.do.fill(i, do_desc, stat_desc, tile.sequence, head, row, with_do)
+            i += 1
 
 
 @gluon.jit

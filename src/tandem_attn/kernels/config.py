@@ -96,8 +96,17 @@ def _digest_of_sources(cls: type) -> str:
     return hashlib.sha256(b"".join(pathlib.Path(x).read_bytes() for x in sorted(files))).hexdigest()[:16]
 
 
+@dataclasses.dataclass(frozen=True)
 class ChunkedConfig(KernelConfig):
-    """Of kernels whose tiles may consist of several pieces side by side."""
+    """Of kernels of prefill and training, whose tiles may consist of several pieces side by side."""
+
+    element: str  # "bf16" or "fp16"
+    head_dim: int  # columns of a tile of Q or K: those of the question or more
+    head_dim_v: int
+    Mask: type
+    Sequences: type
+    Schedule: type
+    softcap: bool = False
 
     @property
     def qk_chunks(self) -> int:
@@ -120,13 +129,6 @@ class ChunkedConfig(KernelConfig):
 class ForwardConfig(ChunkedConfig):
     """Compile-time facts of the forward kernel. Validated here and nowhere else."""
 
-    element: str  # "bf16" or "fp16"
-    head_dim: int  # columns of a Q or K tile: one of NATIVE_HEAD_DIMS
-    head_dim_v: int
-    Mask: type
-    Sequences: type
-    Schedule: type
-    softcap: bool = False
     tile_m: int = 64  # query rows of one consumer warpgroup
     tile_n: int = 128  # keys of a block
     num_consumers: int = 2

@@ -131,13 +131,6 @@ class ByKeysConfig(GradientConfig):
 class BackwardConfig(ByKeysConfig):
     """Compile-time facts of the kernel that makes all gradients. Validated here and nowhere else."""
 
-    element: str  # "bf16" or "fp16"
-    head_dim: int  # columns of a tile of Q, K, dK: one of TILE_WIDTHS
-    head_dim_v: int
-    Mask: type
-    Sequences: type
-    Schedule: type
-    softcap: bool = False
     ordered: bool = False  # tiles of keys add to dQ one after the other: repeatable
     partial: bool = False  # a program does a part of a KV head's query heads, dK and dV are added up later
     tile_m: int = 64  # query rows of a block
@@ -147,6 +140,7 @@ class BackwardConfig(ByKeysConfig):
     packed_ds: bool = False  # dS from rounded P by a 16-bit product: fewer registers, two more roundings
 
     gradients = "qkv"
+    joint = True  # a stage of Q, with lse, and of dO, with delta, go back together
     tile_n = NUM_CONSUMERS * KEYS
 
     def check_own_fields(self) -> None:
@@ -195,17 +189,11 @@ class BackwardConfig(ByKeysConfig):
 class KeyGradientConfig(ByKeysConfig):
     """Compile-time facts of the kernel that makes dK and dV of wide heads, a consumer for each."""
 
-    element: str
-    head_dim: int
-    head_dim_v: int
-    Mask: type
-    Sequences: type
-    Schedule: type
-    softcap: bool = False
     partial: bool = False
     stages: int = 2  # of Q, dO and P
 
     gradients = "kv"
+    joint = False  # delta comes with Q, lse with dO: with what their reader hands back
     tile_n = KEYS
     tile_m = 64
     ordered = False  # nothing is added up in global memory
@@ -236,13 +224,6 @@ class KeyGradientConfig(ByKeysConfig):
 class QueryGradientConfig(GradientConfig):
     """Compile-time facts of the kernel that makes dQ of wide heads."""
 
-    element: str
-    head_dim: int
-    head_dim_v: int
-    Mask: type
-    Sequences: type
-    Schedule: type
-    softcap: bool = False
     k_stages: int = 2
     v_stages: int = 1
 

@@ -30,9 +30,11 @@ from tandem_attn.device.gluon import (
 )
 from tandem_attn.device.mailbox import END_OF_TILES, Mailbox, make_mailbox
 from tandem_attn.device.mask import apply_mask
+from tandem_attn.device.pieces import finished, start_sum, zeros
 from tandem_attn.device.precision import pack_probabilities, unpack_operand
 from tandem_attn.device.ring import Ring, first_fill, load_tile, make_barriers, make_ring
 from tandem_attn.device.schedule import Rows, close_numbers, request_number, requested_number
+from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.device.softmax import (
     LAZY_STEP,
     log_sum_exp,
@@ -121,20 +123,9 @@ def _start_scores(q, k: Ring, j, s_layout: gl.constexpr):
 
 
 @gluon.jit
-def _start_output(p, v: Ring, j, o, use_acc):
-    """Start O += P V_j."""
-    started = ()
-    for c in gl.static_range(v.chunks):
-        started = started + (warpgroup_mma(p, v.chunk(j, c), o[c], use_acc=use_acc, is_async=True),)
-    return started
-
-
-@gluon.jit
 def _finish_output(started, v: Ring, j, alpha, has_pv, rescale: gl.constexpr, lazy: gl.constexpr):
     """Wait for P V_j, hand its stage back and scale O by alpha."""
-    waited = warpgroup_mma_wait(0, deps=started)
-    if v.chunks == 1:
-        waited = (waited,)
+    waited = finished(started, v.chunks)
     v.release(j, has_pv)
     if rescale:
         row: gl.constexpr = gl.SliceLayout(1, waited[0].type.layout)
@@ -166,7 +157,7 @@ def _step(problem, shared, group: gl.constexpr, tile, q, state, i, before, use_a
         take_turn(group)
     s_started = _start_scores(q, shared.k, j, c.s_accumulator)
     shared.v.wait(before, has_pv)
-    o_started = _start_output(p, shared.v, before, state.o, use_acc)
+    o_started = start_sum(p, shared.v, before, state.o, use_acc)
     if c.pingpong:
         pass_turn(group, c.num_consumers)
     s = warpgroup_mma_wait(c.v_chunks, deps=(s_started,))
@@ -312,9 +303,7 @@ def _take_q(problem, shared, slot):
 def _empty_state(problem):
     """No tile before: whatever O holds is never used, P is zero."""
     c: gl.constexpr = problem.config.static
-    o = ()
-    for _ in gl.static_range(c.v_chunks):
-        o = o + (gl.zeros([c.tile_m, c.v_width], gl.float32, c.o_accumulator),)
+    o = zeros(c.tile_m, c.v_width, c.v_chunks, c.o_accumulator)
     zero = gl.zeros([c.tile_m, c.tile_n], gl.float32, c.s_accumulator)
     row_max = gl.full([c.tile_m], 0.0, gl.float32, gl.SliceLayout(1, c.s_accumulator))
     return State(o, pack_probabilities(zero, c.dtype), row_max, thread_sum(zero))
@@ -445,10 +434,7 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
     if tile > 0:
         shared.v.wait(it - 1)
         p = unpack_operand(state.p, c.dtype, c.o_accumulator)
-        started = _start_output(p, shared.v, it - 1, state.o, previous.blocks > 1)
-        o = warpgroup_mma_wait(0, deps=started)
-        if c.v_chunks == 1:
-            o = (o,)
+        o = finished(start_sum(p, shared.v, it - 1, state.o, previous.blocks > 1), c.v_chunks)
         _epilogue(problem, shared, group, o, state, previous, o_desc, lse_ptr)
         tma_store_wait(0)
 
@@ -459,7 +445,7 @@ def _consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
         *("batch", "num_heads", "seqlen_q", "seqlen_k", "window_left", "window_right", "group"),
         *("static_rounds", "heads_magic", "group_size_magic", "group_magic", "last_magic", "tiles_magic"),
     ],
-    do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"],
+    do_not_specialize_on_alignment=LENGTHS,
 )
 def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_seqlens_k, seqused_q,
                       seqused_k, counter, batch, num_heads, seqlen_q, seqlen_k, window_left, window_right,

@@ -28,8 +28,7 @@ from tandem_attn.kernels.backward_rows import (
 )
 from tandem_attn.kernels.config_backward import (
     KEYS,
-    BackwardConfig,
-    KeyGradientConfig,
+    GradientConfig,
     QueryGradientConfig,
     backward_configs,
     parts_of_group,
@@ -48,9 +47,7 @@ CLEARERS = 16  # programs per gap between sequences
 CHUNK = accumulate.CHUNK.value
 
 
-def backward_boxes(
-    config: BackwardConfig | KeyGradientConfig | QueryGradientConfig,
-) -> dict[str, tuple[list[int], object, str]]:
+def backward_boxes(config: GradientConfig) -> dict[str, tuple[list[int], object, str]]:
     """TMA box, shared-memory layout and element type of each descriptor of a backward kernel."""
 
     def box(rows: int, cols: int):
@@ -76,6 +73,11 @@ def backward_boxes(
     if not config.partial:
         boxes |= {"dk_out": box(KEYS, config.qk_width), "dv_out": box(KEYS, config.v_width)}
     return boxes
+
+
+def kernel_of(config: GradientConfig):
+    """The jit function that a configuration is for."""
+    return {"qkv": attention_backward, "kv": key_gradients, "q": query_gradient}[config.gradients]
 
 
 def _padded(rows: int) -> int:
@@ -259,8 +261,7 @@ class BackwardPlan:
         maps = (described, lambda: self._descriptors(config, described))
         options = dict(maxnreg=config.maxnreg, launch_pdl=True)
         grid = (self.programs_by_keys, 1, 1)
-        kernel = attention_backward if config.with_q else key_gradients
-        self._launch(key, kernel, grid, stream, tensors, rest, maps, **options)
+        self._launch(key, kernel_of(config), grid, stream, tensors, rest, maps, **options)
 
     def _launch_by_queries(self, stream, operands: tuple, space: Workspace, pointers) -> None:
         config = self.by_queries
@@ -269,7 +270,7 @@ class BackwardPlan:
         maps = (operands, lambda: self._descriptors(config, operands))
         options = dict(maxnreg=config.maxnreg, launch_pdl=True)
         grid = (self.programs_by_queries, 1, 1)
-        self._launch(key, query_gradient, grid, stream, tensors, rest, maps, **options)
+        self._launch(key, kernel_of(config), grid, stream, tensors, rest, maps, **options)
 
     def _sum_parts(self, stream, space: Workspace, dk, dv) -> None:
         rows = self.spec.total_k * self.spec.num_kv_heads

@@ -29,18 +29,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.kernels.config import ForwardConfig
 from tandem_attn.kernels.forward import attention_forward
 from tandem_attn.kernels.launch import forward_boxes
 from tandem_attn.testing.sass import Loop, register_use, tight_loops
 from tandem_attn.testing.shipped import variants
-
-KEYED_BY = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_q",
-    "seqused_k",
-)  # pointers, or None where there are none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +71,7 @@ def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str
     boxes = forward_boxes(config)
     packed = config.Sequences.packed.value
     pointers = {"lse_ptr": "*fp32"}
-    for name in KEYED_BY:
+    for name in LENGTHS:  # pointers, or None where there are none
         given = packed and (name.startswith("cu_") or name[-1] in seqused)
         pointers[name] = "*i32" if given else "constexpr"
     pointers["counter"] = "*i32" if config.Schedule.dynamic.value else "constexpr"

@@ -18,29 +18,20 @@ import sys
 
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from tandem_attn.kernels import backward_rows
-from tandem_attn.kernels.backward import attention_backward
-from tandem_attn.kernels.backward_keys import key_gradients
-from tandem_attn.kernels.backward_queries import query_gradient
+from tandem_attn.kernels import backward_rows, launch_backward
 from tandem_attn.kernels.config_backward import (
     KEYS,
     NUM_CONSUMERS,
-    BackwardConfig,
+    GradientConfig,
     KeyGradientConfig,
     QueryGradientConfig,
 )
-from tandem_attn.kernels.launch_backward import backward_boxes
 from tandem_attn.testing.compile import Report, command_line, compiled, descriptor_type, explained, one_line
 from tandem_attn.testing.shipped_backward import Variant, variants
 
 # pointers to 16-bit elements
 OF_ELEMENTS = ("out_ptr", "dout_ptr", "clean_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "ptr")
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens")  # of packed sequences
-KERNELS = {
-    BackwardConfig: attention_backward,
-    KeyGradientConfig: key_gradients,
-    QueryGradientConfig: query_gradient,
-}
 WAITS_FOR_ROWS = ("", "finish_rows", "sum_parts")  # kernels that start while those before them end
 
 
@@ -56,7 +47,7 @@ def kernel_of(variant: Variant):
     """The jit function."""
     if variant.of_rows:
         return getattr(backward_rows, variant.of_rows)
-    return {"qkv": attention_backward, "kv": key_gradients, "q": query_gradient}[variant.config.gradients]
+    return launch_backward.kernel_of(variant.config)
 
 
 def options_of(variant: Variant) -> dict:
@@ -68,7 +59,7 @@ def options_of(variant: Variant) -> dict:
 def type_of(name: str, variant: Variant) -> str:
     """Of an argument, as Triton spells it; "constexpr" where it is None or the configuration."""
     config = variant.config
-    boxes = {} if variant.of_rows else backward_boxes(config)
+    boxes = {} if variant.of_rows else launch_backward.backward_boxes(config)
     if name in boxes:
         box, layout, element = boxes[name]
         return descriptor_type(element, box, layout)
@@ -133,7 +124,7 @@ def accesses(ptx: str) -> dict[str, int]:
     return dict(collections.Counter(".".join(kind) for kind in found))
 
 
-def expected_loops(config: BackwardConfig | KeyGradientConfig | QueryGradientConfig) -> collections.Counter:
+def expected_loops(config: GradientConfig) -> collections.Counter:
     """(wgmma, exponentials) of each loop over blocks: how many such loops there are.
 
     wgmma take 16 columns, rows or keys at a time, and one piece of a tile of columns; exponentials are one

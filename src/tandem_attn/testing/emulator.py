@@ -17,6 +17,7 @@ import re
 
 import numpy as np
 
+from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.kernels.config import ForwardConfig
 from tandem_attn.kernels.launch import ForwardPlan, forward_boxes
 from tandem_attn.testing.machine import (
@@ -311,10 +312,11 @@ class EmulatedLanguage(Language):
 NAMED_BARRIER = re.compile(r"(@p )?bar\.(sync|arrive) (\$1|\d+), (\d+);")
 
 
-def load_forward(gl: EmulatedLanguage, mutations: dict[str, str] | None = None) -> dict:
-    """The plain modules of the forward kernel, by full name."""
-    gluon = gluon_module(
-        gl,
+def load_kernel(
+    module: str, gl: EmulatedLanguage, mutations: dict[str, str] | None = None, **instead
+) -> dict:
+    """The plain modules of a kernel in `module`, by full name. `instead`: other stand-ins for Gluon."""
+    stand_ins = dict(
         mbarrier=_MBarrier,
         tma_load=_tma_load,
         tma_store=_tma_store,
@@ -323,7 +325,8 @@ def load_forward(gl: EmulatedLanguage, mutations: dict[str, str] | None = None) 
         warpgroup_mma=_mma,
         warpgroup_mma_wait=_mma_wait,
     )
-    return load(["device.schedule", "device.mask", "kernels.forward"], gluon, mutations, as_generators)
+    gluon = gluon_module(gl, **stand_ins | instead)
+    return load(["device.schedule", "device.mask", module], gluon, mutations, as_generators)
 
 
 class PlainConfig:
@@ -341,6 +344,15 @@ class PlainConfig:
         return DeviceInt(value) if type(value) is int else value
 
 
+def start_kernel(kernel, arguments: dict, numbers: tuple, config: PlainConfig) -> None:
+    """Run a kernel up to its partitions. `arguments` are by name; all others are numbers, in order."""
+    wanted = list(inspect.signature(kernel).parameters)[:-1]
+    named = zip([n for n in wanted if n not in arguments], numbers, strict=True)
+    values = {n: Int64(x) if "magic" in n else array(x) for n, x in named}
+    for _ in kernel(*((arguments | values)[n] for n in wanted), config):
+        raise AssertionError("the kernel waits outside its partitions")
+
+
 def run_forward(plan: ForwardPlan, tensors, lengths: tuple, programs: int, seed: int, mutations=None):
     """(out, lse, reads of garbage) of a launch of `plan` with so many programs, all at once.
 
@@ -356,19 +368,13 @@ def run_forward(plan: ForwardPlan, tensors, lengths: tuple, programs: int, seed:
             forward_boxes(plan.config).items(), (*tensors, out), plan.geometry, strict=True
         )
     }
-    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-    pointers = dict(zip(names, lengths, strict=True)) | {"lse_ptr": lse, "counter": counter}
+    pointers = dict(zip(LENGTHS, lengths, strict=True)) | {"lse_ptr": lse, "counter": counter}
     arguments |= {name: None if x is None else Pointer(np.asarray(x)) for name, x in pointers.items()}
     machine = Machine(seed)
     for program in range(programs):
-        modules = load_forward(EmulatedLanguage(program, programs, machine), mutations)
+        modules = load_kernel("kernels.forward", EmulatedLanguage(program, programs, machine), mutations)
         kernel = modules["tandem_attn.kernels.forward"].attention_forward
-        config = PlainConfig(plan.config, modules)
-        wanted = list(inspect.signature(kernel).parameters)[:-1]
-        named = zip([n for n in wanted if n not in arguments], plan.numbers, strict=True)
-        numbers = {n: Int64(x) if "magic" in n else array(x) for n, x in named}
-        for _ in kernel(*((arguments | numbers)[n] for n in wanted), config):
-            raise AssertionError("the kernel waits outside its partitions")
+        start_kernel(kernel, arguments, plan.numbers, PlainConfig(plan.config, modules))
     with np.errstate(all="ignore"):
         machine.run()
     assert counter[0] == 0, "the next launch finds the tile counter not at zero"

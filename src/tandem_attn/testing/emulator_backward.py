@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import inspect
 import math
 
 import numpy as np
 
 from tandem_attn.device.accumulate import WRITTEN
+from tandem_attn.device.sequence import LENGTHS
+from tandem_attn.kernels.config_backward import GradientConfig
 from tandem_attn.kernels.launch import descriptor_geometry
-from tandem_attn.kernels.launch_backward import CHUNK, BackwardPlan, backward_boxes
+from tandem_attn.kernels.launch_backward import CHUNK, BackwardPlan, backward_boxes, kernel_of
 from tandem_attn.testing.emulator import (
     Descriptor,
     EmulatedLanguage,
     Memory,
     PlainConfig,
-    _fence,
-    _MBarrier,
     _mma,
-    _mma_wait,
     _tma_load,
-    _tma_store_wait,
+    load_kernel,
+    start_kernel,
 )
 from tandem_attn.testing.machine import (
     Cell,
@@ -39,17 +38,15 @@ from tandem_attn.testing.machine import (
     Machine,
     Partition,
     Race,
-    as_generators,
     check_over,
     join,
     partition,
 )
-from tandem_attn.testing.plain import DeviceInt, Int64, Layout, Pointer, array, gluon_module, load
+from tandem_attn.testing.plain import DeviceInt, Layout, Pointer
 
 BEFORE = "the launch before"  # whose end is time 1 of this clock
 COMPLETE = "complete"  # (who, COMPLETE): how many of their TMA stores are known to be in memory
 STALLED = 0.001  # pace of who hardly ever goes on
-NAMES_OF_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 
 @dataclasses.dataclass
@@ -394,12 +391,7 @@ class Launch:
         for program in range(self.programs):
             modules = self._load(BackwardLanguage(program, self.programs, machine, self), mutations)
             kernel = modules[f"tandem_attn.{self.module}"].__dict__[self.kernel]
-            wanted = list(inspect.signature(kernel).parameters)[:-1]
-            named = zip([n for n in wanted if n not in self.arguments], self.numbers, strict=True)
-            numbers = {n: Int64(x) if "magic" in n else array(x) for n, x in named}
-            config = PlainBackwardConfig(self.config, modules)
-            for _ in kernel(*((self.arguments | numbers)[n] for n in wanted), config):
-                raise AssertionError("the kernel waits outside its partitions")
+            start_kernel(kernel, self.arguments, self.numbers, PlainBackwardConfig(self.config, modules))
         for p in machine.partitions:
             if p.name in stalled or (seed % 2 and machine.random.random() < 0.2):
                 p.pace = STALLED
@@ -412,21 +404,18 @@ class Launch:
         return modules
 
     def _load(self, gl: BackwardLanguage, mutations) -> dict:
-        gluon = gluon_module(
+        return load_kernel(
+            self.module,
             gl,
-            mbarrier=_MBarrier,
+            mutations,
             tma_load=_load_prepared,
             tma_store=_tma_store,
             tma_reduce_add=_tma_reduce_add,
-            tma_store_wait=_tma_store_wait,
-            fence_async_shared=_fence(gl.cells),
             warpgroup_mma=_strict_mma,
-            warpgroup_mma_wait=_mma_wait,
             reinterpreted=_Reinterpreted,
             gdc_wait=gl.gdc_wait,
             gdc_launch_dependents=lambda: None,
         )
-        return load(["device.schedule", "device.mask", self.module], gluon, mutations, as_generators)
 
 
 def _descriptor(storage: np.ndarray, geometry, box, prepared=False) -> Descriptor:
@@ -437,6 +426,12 @@ def _descriptor(storage: np.ndarray, geometry, box, prepared=False) -> Descripto
 
 def _pointer(x) -> Pointer | None:
     return None if x is None else Pointer(np.asarray(x))
+
+
+def _where(config: GradientConfig) -> tuple[str, str]:
+    """(module below tandem_attn, name) of the kernel."""
+    kernel = kernel_of(config).fn
+    return kernel.__module__.partition(".")[2], kernel.__name__
 
 
 def launch_by_keys(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> Launch:
@@ -460,10 +455,10 @@ def launch_by_keys(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> Laun
             geometry = descriptor_geometry(x.shape, _strides(x))
             arguments[f"{name}_out"] = _descriptor(x.reshape(-1), geometry, boxes[f"{name}_out"])
     arguments["counters"] = Pointer(memory.counters)
-    arguments |= {name: _pointer(x) for name, x in zip(NAMES_OF_LENGTHS, memory.lengths, strict=True)}
-    kernel = ("backward", "attention_backward") if config.with_q else ("backward_keys", "key_gradients")
-    where = (f"kernels.{kernel[0]}", kernel[1], plan.programs_by_keys)
-    return Launch(config, *where, arguments, plan.numbers_by_keys, (), Residents(limit))
+    arguments |= {name: _pointer(x) for name, x in zip(LENGTHS, memory.lengths, strict=True)}
+    return Launch(
+        config, *_where(config), plan.programs_by_keys, arguments, plan.numbers_by_keys, (), Residents(limit)
+    )
 
 
 def launch_by_queries(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> Launch:
@@ -478,10 +473,17 @@ def launch_by_queries(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> L
         for name, (x, storage) in tensors.items()
     }
     arguments["stat_ptr"] = Pointer(memory.statistics)
-    arguments |= {name: _pointer(x) for name, x in zip(NAMES_OF_LENGTHS, memory.lengths, strict=True)}
-    where = ("kernels.backward_queries", "query_gradient", plan.programs_by_queries)
+    arguments |= {name: _pointer(x) for name, x in zip(LENGTHS, memory.lengths, strict=True)}
     prepared = (memory.statistics,)
-    return Launch(config, *where, arguments, plan.numbers_by_queries, prepared, Residents(limit))
+    return Launch(
+        config,
+        *_where(config),
+        plan.programs_by_queries,
+        arguments,
+        plan.numbers_by_queries,
+        prepared,
+        Residents(limit),
+    )
 
 
 def _strides(x: np.ndarray) -> tuple[int, ...]:
