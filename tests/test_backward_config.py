@@ -381,12 +381,25 @@ def test_programs_for_every_tile(lengths, heads, varlen, deterministic, size):
         assert together == 1 or together * -(-longest // size) <= ORDERED_TILES
 
 
+def heads_together(head_dim: int, seqlen: int, **facts) -> int:
+    """Of 32 heads."""
+    plan = BackwardPlan(question(head_dim, None, seqlen, num_heads=32, **facts))
+    return plan._tiles(32, seqlen, 2 * seqlen, plan.by_keys.tile_n)[1]
+
+
 def test_tiles_that_wait_are_few():
     """In order, a tile waits for the one after it, whose program must have started."""
-    plans = [BackwardPlan(question(128, None, 16384, deterministic=d, num_heads=32)) for d in (False, True)]
-    assert [plan._tiles(32, 16384, 32768, 128)[1] for plan in plans] == [16, 2]
-    plan = BackwardPlan(question(128, None, 65536, deterministic=True, num_heads=32))
-    assert plan._tiles(32, 65536, 131072, 128)[1] == 1
+    assert heads_together(128, 16384, deterministic=True) == 2
+    assert heads_together(128, 65536, deterministic=True) == 1
+    assert heads_together(128, 4096, deterministic=True, window=Window(256, 0)) == 16
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("window, together", [("full", 2), ("causal", 16), ("window", 2)])
+def test_few_heads_together_where_tiles_are_alike(window, together, head_dim):
+    """Long tiles first needs many heads; what few heads read stays in L2."""
+    together = 16 if (head_dim, window) == (256, "window") else together
+    assert heads_together(head_dim, 16384, window=WINDOWS[window]) == together
 
 
 # The plan: rows that see no key.
