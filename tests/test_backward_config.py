@@ -395,11 +395,21 @@ def test_tiles_that_wait_are_few():
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("window, together", [("full", 2), ("causal", 16), ("window", 2)])
-def test_few_heads_together_where_tiles_are_alike(window, together, head_dim):
-    """Long tiles first needs many heads; what few heads read stays in L2."""
-    together = 16 if (head_dim, window) == (256, "window") else together
-    assert heads_together(head_dim, 16384, window=WINDOWS[window]) == together
+@pytest.mark.parametrize(
+    "seqlen, full, causal, window",
+    [(512, 16, 16, 16), (3000, 5, 5, 5), (4096, 4, 4, 4), (16384, 1, 1, 1), (32768, 1, 16, 1)],
+)
+def test_heads_together_fill_the_card_once(head_dim, seqlen, full, causal, window):
+    """So that what they read stays in L2; longer causal sequences, and wide windows, are faster with many."""
+    assert heads_together(head_dim, seqlen, window=FULL) == full
+    assert heads_together(head_dim, seqlen, window=CAUSAL) == causal
+    assert heads_together(head_dim, seqlen, window=WINDOWS["window"]) == (16 if head_dim > 128 else window)
+
+
+def test_heads_together_where_a_program_has_several():
+    group = dict(num_kv_heads=8)  # of 32 heads
+    found = {name: heads_together(128, 8192, window=window, **group) for name, window in WINDOWS.items()}
+    assert found == {"full": 2, "causal": 16, "window": 16}
 
 
 # The plan: rows that see no key.

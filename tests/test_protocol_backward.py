@@ -63,8 +63,7 @@ def make_plan(dice, spec, parts: int, kind=None, **fields) -> BackwardPlan:
     plan.parts = parts
     kind = kind or type(plan.by_keys)
     plan.by_keys = kind(**vars_of(plan.by_keys) | {"partial": parts > 1} | fields)
-    heads = dice.choice((1, 2, 16))
-    together = dict(ROWS_TOGETHER=heads, EVEN_ROWS_TOGETHER=heads, ORDERED_TILES=dice.choice((2, 6, 256)))
+    together = dict(ROWS_TOGETHER=dice.choice((1, 2, 16)), ORDERED_TILES=dice.choice((2, 6, 256)))
     with mock.patch.multiple(launch_backward, **together):
         plan.programs_by_keys, plan.numbers_by_keys = plan._numbers_by_keys()
     return plan

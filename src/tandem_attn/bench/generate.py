@@ -36,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers = f"default {LAYERS}, on a GPU with less memory what fits, on a CPU {CPU_LAYERS}"
     parser.add_argument("--layers", type=at_least_one, metavar="N", help=f"of the model ({layers})")
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write everything measured")
-    parser.add_argument("--repeats", type=at_least_one, default=11, help="steps per timing (default 11)")
-    parser.add_argument(
-        "--idle-ms", type=options.not_negative, default=50.0, help="rest before each timing (default 50)"
-    )
-    parser.add_argument("--no-check", action="store_true", help="time without comparing with plain attention")
+    options.add_timing_arguments(parser, "steps")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from tandem_attn.kernels.backward_rows import (
 )
 from tandem_attn.kernels.config_backward import (
     KEYS,
+    MULTIPROCESSORS,
     GradientConfig,
     QueryGradientConfig,
     backward_configs,
@@ -38,8 +39,8 @@ from tandem_attn.kernels.launcher import KernelLauncher, encoded, tensor_descrip
 from tandem_attn.kernels.question import score_scales, window_numbers
 from tandem_attn.spec import AttentionSpec
 
-ROWS_TOGETHER = 16  # heads whose tiles of keys are taken together, the longest first
-EVEN_ROWS_TOGETHER = 2  # ... where none is longer than another: what few heads read stays in L2
+ROWS_TOGETHER = 16  # at most so many heads whose tiles of keys are taken together, the longest first
+FILLING = 128 * MULTIPROCESSORS  # keys of as many heads as have a tile of 128 for every multiprocessor
 ORDERED_TILES = 256  # at most so many tiles together where they wait for each other: two per program
 ORDERED_WINDOW_TILES = (
     1024  # ... and where few tiles see a row: a long queue for each costs more than L2 gains
@@ -285,20 +286,28 @@ class BackwardPlan:
         spec = self.spec
         rows = heads if spec.varlen else spec.batch * heads
         blocks = -(-longest // size)
-        together = min(self._rows_together(blocks), rows)
+        together = min(self._rows_together(longest, blocks), rows)
         divisors = (heads, together, rows % together or together, together * blocks)
         programs = tiles_bound(spec, heads, longest, total, size)
         return programs, together, [division_magic(d) for d in divisors]
 
-    def _rows_together(self, blocks: int) -> int:
-        """Heads, of `blocks` tiles each, whose tiles are taken together."""
+    def _rows_together(self, longest: int, blocks: int) -> int:
+        """Heads, of `blocks` tiles each, whose tiles are taken together.
+
+        As few as fill the card: what they read and add to stays in L2. The exceptions are by measurement
+        (docs/kernels/backward.md). Where causal tiles are more than the card has room for, those of a second
+        round would go along with those of the first, and add to the same rows of dQ at the same time.
+        """
         mask = self.by_keys.Mask
+        window = mask.has_left_edge.value
         if self.by_keys.ordered:
-            tiles = ORDERED_WINDOW_TILES if mask.has_left_edge.value else ORDERED_TILES
-            return max(1, min(ROWS_TOGETHER, tiles // blocks))
-        # A window above head_dim 128 is up to 4% faster with many (H200, 2026-11-29).
-        even = (mask.has_left_edge.value and self.by_queries is None) or not mask.has_diagonal.value
-        return EVEN_ROWS_TOGETHER if even else ROWS_TOGETHER
+            return max(1, min(ROWS_TOGETHER, (ORDERED_WINDOW_TILES if window else ORDERED_TILES) // blocks))
+        several_heads = self.spec.group_size > self.parts  # in a program
+        wide_window = window and self.by_queries is not None
+        two_rounds = mask.has_diagonal.value and not window and longest > FILLING
+        if (mask.has_diagonal.value and several_heads) or wide_window or two_rounds:
+            return ROWS_TOGETHER
+        return max(1, min(ROWS_TOGETHER, FILLING // longest))
 
     def _descriptors(self, config, tensors: tuple) -> list:
         """TMA descriptors in the order of a kernel's arguments."""
