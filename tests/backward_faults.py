@@ -151,7 +151,7 @@ FAULTS = {  # piece of source: what stands there instead
     "queries: keys are not waited for": {"    ring.wait(i)\n": ""},
     "queries: rows are not waited for": {"    mbarrier.wait(shared.rows_full.index(group), 0)\n": ""},
     "queries: dQ is staged without a fence": {
-        "finished.to(c.dtype))\n        fence_async_shared()": "finished.to(c.dtype))"
+        "x.to(c.dtype))\n        fence_async_shared()": "x.to(c.dtype))"
     },
     "queries: dQ is staged in the other's Q": {
         "smem = shared.q.index(group *": "smem = shared.q.index((1 - group) *"

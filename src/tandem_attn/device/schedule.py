@@ -218,3 +218,11 @@ class VarlenTiles:
             self.sequences, self.batch, self.rows, self.static_rounds, self.tile_rows, first, before
         )
         return found, m_block, head, index, after
+
+
+@gluon.jit
+def only_tile(Schedule: gl.constexpr, sequences, batch, rows, tile_rows: gl.constexpr):
+    """(found, m_block, head, sequence id) of a program that has one tile, which has the program's number."""
+    schedule = Schedule.create(sequences, batch, rows, gl.to_tensor(1), tile_rows)
+    found, m_block, head, index, _after = schedule.tile(gl.program_id(0))
+    return found, m_block, head, index

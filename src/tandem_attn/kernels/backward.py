@@ -21,7 +21,7 @@ from tandem_attn.device.gluon import (
 )
 from tandem_attn.device.ring import make_barriers
 from tandem_attn.device.row_ring import make_row_ring
-from tandem_attn.device.schedule import Rows
+from tandem_attn.device.schedule import Rows, only_tile
 from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.device.softmax import gradient_scale
 from tandem_attn.kernels.backward_steps import Shared, State, put_ds, skipped, start_dq, start_scores, step
@@ -170,8 +170,7 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_desc, dk_o
     # tiles of keys in the order of the forward's tiles of rows: lengths change places
     by_keys = c.Sequences.create(seqlen_k, seqlen_q, cu_seqlens_k, cu_seqlens_q, seqused_k, seqused_q)
     rows = Rows(num_parts, heads_magic, group, group_magic, last_magic, tiles_magic)
-    schedule = c.Schedule.create(by_keys, batch, rows, gl.to_tensor(1), c.tile_n)
-    found, block, part, index, _after = schedule.tile(gl.program_id(0))
+    found, block, part, index = only_tile(c.Schedule, by_keys, batch, rows, c.tile_n)
     sequence = by_keys.sequence(index).swapped()
     if found:
         tile = make_tile(problem, sequence, index, block, part, parts, window_left, window_right)

@@ -29,7 +29,7 @@ from tandem_attn.device.gluon import (
 from tandem_attn.device.mask import apply_mask
 from tandem_attn.device.pieces import finished, start_product, start_sum, zeros
 from tandem_attn.device.ring import Ring, first_fill, make_barriers, make_ring
-from tandem_attn.device.schedule import Rows
+from tandem_attn.device.schedule import Rows, only_tile
 from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.device.softmax import gradient_scale, recomputed
 
@@ -121,9 +121,9 @@ def _consumer(group: gl.constexpr, problem, shared, tile, stat_ptr, delta_start,
     seen = gl.convert_layout(lse, gl.SliceLayout(1, c.dq_accumulator), assert_trivial=True) < float("inf")
     for n in gl.static_range(c.qk_chunks):
         # where no key is seen P is 0, but dO may be NaN
-        finished = gl.where(gl.expand_dims(seen, 1), dq[n] * problem.scale, 0.0)
+        x = gl.where(gl.expand_dims(seen, 1), dq[n] * problem.scale, 0.0)
         smem = shared.q.index(group * c.qk_chunks + n)
-        smem.store(finished.to(c.dtype))
+        smem.store(x.to(c.dtype))
         fence_async_shared()
         coords = tile.sequence.coords("q", tile.head, tile.m_start + 64 * group, n * c.qk_width)
         tma_store(dq_desc, coords, smem.reshape(dq_desc.block_type.shape))
@@ -172,8 +172,7 @@ def query_gradient(q_desc, k_desc, v_desc, do_desc, dq_desc, stat_ptr, cu_seqlen
     problem = Problem(scale, scale_log2, inner_scale, config)
     sequences = c.Sequences.create(seqlen_q, seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     rows = Rows(num_heads, heads_magic, group, group_magic, last_magic, tiles_magic)
-    schedule = c.Schedule.create(sequences, batch, rows, gl.to_tensor(1), c.tile_rows)
-    found, m_block, head, index, _after = schedule.tile(gl.program_id(0))
+    found, m_block, head, index = only_tile(c.Schedule, sequences, batch, rows, c.tile_rows)
     if found:
         sequence = sequences.sequence(index)
         mask = c.Mask(sequence.seqlen_q, sequence.seqlen_k, window_left, window_right)

@@ -115,8 +115,8 @@ def _add(adds, group: gl.constexpr, i, dq, always: gl.constexpr):
 @gluon.jit
 def step(problem, shared, adds, group: gl.constexpr, tile, i, m_start, state, masked: gl.constexpr,
          opens: gl.constexpr = False):  # fmt: skip
-    """Block i: see the top of the file. Returns the next state. `opens`: block 0,
-    before which there is no dS."""
+    """Block i: see the top of the file. Returns the next state. `opens`: block 0, before which there is no
+    dS."""
     c: gl.constexpr = problem.config.static
     dp = start_product(shared.v, group, shared.do, i, c.s_accumulator)
     p, sloped = _probabilities(problem, shared, group, tile, i, m_start, state.s, masked)

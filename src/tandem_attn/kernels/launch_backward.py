@@ -294,20 +294,20 @@ class BackwardPlan:
     def _rows_together(self, longest: int, blocks: int) -> int:
         """Heads, of `blocks` tiles each, whose tiles are taken together.
 
-        As few as fill the card: what they read and add to stays in L2. The exceptions are by measurement
-        (docs/kernels/backward.md). Where causal tiles are more than the card has room for, those of a second
-        round would go along with those of the first, and add to the same rows of dQ at the same time.
+        As few as fill the card: what they read and add to stays in L2. The exceptions are by measurement, and
+        not understood (docs/kernels/backward.md).
         """
         mask = self.by_keys.Mask
         window = mask.has_left_edge.value
-        if self.by_keys.ordered:
-            return max(1, min(ROWS_TOGETHER, (ORDERED_WINDOW_TILES if window else ORDERED_TILES) // blocks))
         several_heads = self.spec.group_size > self.parts  # in a program
-        wide_window = window and self.by_queries is not None
-        two_rounds = mask.has_diagonal.value and not window and longest > FILLING
-        if (mask.has_diagonal.value and several_heads) or wide_window or two_rounds:
-            return ROWS_TOGETHER
-        return max(1, min(ROWS_TOGETHER, FILLING // longest))
+        better_many = self.by_queries is not None if window else longest > FILLING
+        if self.by_keys.ordered:
+            heads = (ORDERED_WINDOW_TILES if window else ORDERED_TILES) // blocks
+        elif mask.has_diagonal.value and (several_heads or better_many):
+            heads = ROWS_TOGETHER
+        else:
+            heads = FILLING // longest
+        return max(1, min(ROWS_TOGETHER, heads))
 
     def _descriptors(self, config, tensors: tuple) -> list:
         """TMA descriptors in the order of a kernel's arguments."""

@@ -128,9 +128,9 @@ def expected_loops(config: GradientConfig) -> collections.Counter:
     """(wgmma, exponentials) of each loop over blocks: how many such loops there are.
 
     wgmma take 16 columns, rows or keys at a time, and one piece of a tile of columns; exponentials are one
-    per score and 128 threads. There is
-    a loop per consumer and kind of block: whole, and masked at either edge. But who makes dK alone has one,
-    without exponentials, and so has the second consumer of all gradients where it skips: for scores and dQ.
+    per score and 128 threads. There is a loop per consumer and kind of block: whole, and masked at either
+    edge. But who makes dK alone has one, without exponentials, and so has the second consumer of all
+    gradients where it skips: for scores and dQ.
     """
     kinds = 1 + config.Mask.masks.value + config.Mask.has_left_edge.value
     scores, dp = config.head_dim // 16, config.head_dim_v // 16

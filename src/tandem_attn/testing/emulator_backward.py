@@ -299,45 +299,28 @@ class _Joined:
             cell.write(who, time, part.reshape(cell.data.shape))
 
 
-class _Part:
+class _Part(_Joined):
     """Some elements of a cell: whoever reads them is not in the way of who writes others."""
 
     def __init__(self, cell: Cell, start: int):
+        super().__init__([cell])
         self.cell, self.start = cell, start
-
-    @property
-    def data(self) -> np.ndarray:
-        """Of the whole cell."""
-        return self.cell.data
-
-    @property
-    def unfenced(self) -> bool:
-        """Whether the cell is."""
-        return self.cell.unfenced
-
-    @unfenced.setter
-    def unfenced(self, value: bool) -> None:
-        self.cell.unfenced = value
 
     @property
     def reads(self) -> Clock:
         """Of these elements."""
         return self.cell.reads_of_parts.setdefault(self.start, {})
 
-    def check_read(self, clock: Clock, what: str) -> None:
-        """As that of the cell."""
-        self.cell.check_read(clock, what)
-
     def check_write(self, clock: Clock, what: str) -> None:
         """Raise unless all reads of the cell and of this part, and the last write, are known to be over."""
-        self.cell.check_read(clock, what)
+        self.check_read(clock, what)
         for reads in (self.cell.reads, self.reads):
             check_over(reads, clock, what)
 
     def write(self, who, time: int, data: np.ndarray) -> None:
         """The cell has new data, other parts are read as before."""
         others = {start: reads for start, reads in self.cell.reads_of_parts.items() if start != self.start}
-        self.cell.write(who, time, data)
+        super().write(who, time, data)
         self.cell.reads_of_parts = others
 
 
@@ -372,9 +355,7 @@ class PlainBackwardConfig(PlainConfig):
 class Launch:
     """One launch: what its programs share."""
 
-    config: object
-    module: str
-    kernel: str
+    config: GradientConfig
     programs: int
     arguments: dict  # by name
     numbers: tuple  # all others, in order
@@ -388,10 +369,12 @@ class Launch:
         """All programs to their end; the modules of the last one. Partitions with these names hardly ever go
         on while others can; every second seed stalls a few more."""
         machine = Machine.current = Machine(seed)
+        kernel = kernel_of(self.config).fn
         for program in range(self.programs):
-            modules = self._load(BackwardLanguage(program, self.programs, machine, self), mutations)
-            kernel = modules[f"tandem_attn.{self.module}"].__dict__[self.kernel]
-            start_kernel(kernel, self.arguments, self.numbers, PlainBackwardConfig(self.config, modules))
+            gl = BackwardLanguage(program, self.programs, machine, self)
+            modules = self._load(kernel.__module__.partition(".")[2], gl, mutations)
+            plain = getattr(modules[kernel.__module__], kernel.__name__)
+            start_kernel(plain, self.arguments, self.numbers, PlainBackwardConfig(self.config, modules))
         for p in machine.partitions:
             if p.name in stalled or (seed % 2 and machine.random.random() < 0.2):
                 p.pace = STALLED
@@ -403,9 +386,9 @@ class Launch:
             _check_end(cells, partitions)
         return modules
 
-    def _load(self, gl: BackwardLanguage, mutations) -> dict:
+    def _load(self, module: str, gl: BackwardLanguage, mutations) -> dict:
         return load_kernel(
-            self.module,
+            module,
             gl,
             mutations,
             tma_load=_load_prepared,
@@ -428,22 +411,21 @@ def _pointer(x) -> Pointer | None:
     return None if x is None else Pointer(np.asarray(x))
 
 
-def _where(config: GradientConfig) -> tuple[str, str]:
-    """(module below tandem_attn, name) of the kernel."""
-    kernel = kernel_of(config).fn
-    return kernel.__module__.partition(".")[2], kernel.__name__
+def _described(tensors: dict, boxes: dict) -> dict:
+    """Descriptors by name of an argument. `tensors`: (array, its storage) by name."""
+    return {
+        f"{name}_desc": _descriptor(
+            storage, descriptor_geometry(x.shape, _strides(x)), boxes[f"{name}_desc"], name == "do"
+        )
+        for name, (x, storage) in tensors.items()
+    }
 
 
 def launch_by_keys(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> Launch:
     """Of attention_backward or key_gradients, `limit` programs at a time."""
     config = plan.by_keys
     boxes = {name: box for name, (box, *_) in backward_boxes(config).items()}
-    arguments = {
-        f"{name}_desc": _descriptor(
-            storage, descriptor_geometry(x.shape, _strides(x)), boxes[f"{name}_desc"], name == "do"
-        )
-        for name, (x, storage) in memory.operands.items()
-    }
+    arguments = _described(memory.operands, boxes)
     stat = ((memory.statistics.size,), (1,))
     arguments["stat_desc"] = _descriptor(memory.statistics, stat, boxes["stat_desc"], True)
     arguments["dq_desc"] = Accumulator(memory.accumulator, config.ordered)
@@ -456,9 +438,7 @@ def launch_by_keys(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> Laun
             arguments[f"{name}_out"] = _descriptor(x.reshape(-1), geometry, boxes[f"{name}_out"])
     arguments["counters"] = Pointer(memory.counters)
     arguments |= {name: _pointer(x) for name, x in zip(LENGTHS, memory.lengths, strict=True)}
-    return Launch(
-        config, *_where(config), plan.programs_by_keys, arguments, plan.numbers_by_keys, (), Residents(limit)
-    )
+    return Launch(config, plan.programs_by_keys, arguments, plan.numbers_by_keys, (), Residents(limit))
 
 
 def launch_by_queries(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> Launch:
@@ -466,24 +446,12 @@ def launch_by_queries(plan: BackwardPlan, memory: GlobalMemory, limit: int) -> L
     config = plan.by_queries
     boxes = {name: box for name, (box, *_) in backward_boxes(config).items()}
     tensors = memory.operands | {"dq": (memory.gradients["dq"], memory.gradients["dq"].reshape(-1))}
-    arguments = {
-        f"{name}_desc": _descriptor(
-            storage, descriptor_geometry(x.shape, _strides(x)), boxes[f"{name}_desc"], name == "do"
-        )
-        for name, (x, storage) in tensors.items()
-    }
+    arguments = _described(tensors, boxes)
     arguments["stat_ptr"] = Pointer(memory.statistics)
     arguments |= {name: _pointer(x) for name, x in zip(LENGTHS, memory.lengths, strict=True)}
     prepared = (memory.statistics,)
-    return Launch(
-        config,
-        *_where(config),
-        plan.programs_by_queries,
-        arguments,
-        plan.numbers_by_queries,
-        prepared,
-        Residents(limit),
-    )
+    programs, numbers = plan.programs_by_queries, plan.numbers_by_queries
+    return Launch(config, programs, arguments, numbers, prepared, Residents(limit))
 
 
 def _strides(x: np.ndarray) -> tuple[int, ...]:
