@@ -99,7 +99,12 @@ FAULTS = {  # piece of source: what stands there instead
     "ordered: ranks the other way round": {
         "rank = n_end - 1 - tile.n_start // c.tile_n": "rank = tile.n_start // c.tile_n - (n_end - count)"
     },
-    "full: dQ goes to the rows of another block": {"statistics, tile.block(m))": "statistics, m)"},
+    "full: dQ goes to the rows of another block": {"statistics, tile.block(problem, m))": "statistics, m)"},
+    "scattered: dQ goes to the rows of another block": {
+        "statistics, tile.block(problem, m))": "statistics, m)"
+    },
+    "scattered: blocks that need a mask change places": {"gl.where(m < self.whole_begin, m, n)": "n"},
+    "scattered: a block is visited twice": {"self.end - self.whole_begin, 0)": "self.end, 0)"},
     "parts: a part is taken for another": {"self.part * problem.heads": "self.kv_head * problem.heads"},
     "parts: parts go to one place": {"problem.num_parts + tile.part": "problem.num_parts + tile.kv_head"},
     # at 256/192 the ring of Q has one piece, that of dO three
@@ -166,6 +171,7 @@ TWO_BUFFERS = "two buffers of dS"
 KINDS = {
     "causal": dict(window=CAUSAL, dims=(128, 128), seqlens=(330, 300)),
     "full": dict(window=Window(), ordered=False),
+    "scattered": dict(window=CAUSAL, ordered=False, dims=(128, 128), seqlens=(700, 450)),
     "unordered": dict(ordered=False),
     "two blocks": dict(window=Window(), ordered=False, varlen=False, dims=(64, 64), seqlens=(256, 400)),
     "ordered": dict(ordered=True),

@@ -318,8 +318,19 @@ def test_parts_where_programs_are_few():
         for name in ("full", "causal")
         for deterministic in (False, True)
     }
-    several = {(2048, "causal", False): 2, (2048, "causal", True): 8, (8192, "causal", True): 8}
+    several = {(2048, "causal", False): 2, (2048, "causal", True): 8}
+    several |= {(8192, "causal", False): 2, (8192, "causal", True): 8}
     assert parts == dict.fromkeys(parts, 1) | several
+
+
+@pytest.mark.parametrize(
+    "batch, seqlen, heads, parts",
+    [(1, 8192, (32, 8), 1), (1, 8192, (28, 4), 7), (4, 4096, (32, 8), 1), (4, 4096, (16, 1), 4)],
+)
+def test_parts_where_programs_drift_apart(batch, seqlen, heads, parts):
+    """The same under a causal mask."""
+    asked = dict(batch=batch, num_heads=heads[0], num_kv_heads=heads[1], window=CAUSAL)
+    assert parts_of_group(question(128, None, seqlen, **asked)) == parts
 
 
 plain = load(["device.sequence"], gluon_module(Language()))["tandem_attn.device.sequence"]
@@ -401,15 +412,23 @@ def test_tiles_that_wait_are_few():
 )
 def test_heads_together_fill_the_card_once(head_dim, seqlen, full, causal, window):
     """So that what they read stays in L2; longer causal sequences, and wide windows, are faster with many."""
+    if (head_dim, seqlen) == (128, 32768):
+        causal = 1  # scattered
     assert heads_together(head_dim, seqlen, window=FULL) == full
     assert heads_together(head_dim, seqlen, window=CAUSAL) == causal
     assert heads_together(head_dim, seqlen, window=WINDOWS["window"]) == (16 if head_dim > 128 else window)
 
 
-def test_heads_together_where_a_program_has_several():
+@pytest.mark.parametrize("head_dim, causal", [(64, 16), (128, 2), (256, 16)])
+def test_heads_together_where_a_program_has_several(head_dim, causal):
     group = dict(num_kv_heads=8)  # of 32 heads
-    found = {name: heads_together(128, 8192, window=window, **group) for name, window in WINDOWS.items()}
-    assert found == {"full": 2, "causal": 16, "window": 16}
+    found = {name: heads_together(head_dim, 8192, window=x, **group) for name, x in WINDOWS.items()}
+    assert found == {"full": 2, "causal": causal, "window": 16}
+
+
+def test_heads_together_beyond_two_cards():
+    found = [heads_together(128, seqlen, window=CAUSAL) for seqlen in (16896, 33792, 33793, 65536)]
+    assert found == [1, 1, 16, 16]
 
 
 # The plan: rows that see no key.

@@ -290,6 +290,16 @@ def test_many_orders_of_events_of_one_problem(ordered, first_apart, dim):
         check(make_problem(7, **fixed, programs=2 + seed % 2), seed)
 
 
+@pytest.mark.parametrize("seqlens", [(700, 450), (450, 450), (800, 130), (400, 900)])
+def test_causal_blocks_in_another_order(seqlens):
+    """Tiles of keys do not begin with the first block that sees them all."""
+    for seed in range(4):
+        fixed = dict(window=CAUSAL, ordered=False, dims=(128, 128), seqlens=seqlens)
+        problem = make_problem(seed, **fixed)
+        assert problem.plan.by_keys.scatters
+        check(problem, seed)
+
+
 def test_sequences_without_rows_or_keys():
     """Programs without a tile, and tiles of keys that no row sees."""
     for seqlens in ((1, 1), (20, 300)):

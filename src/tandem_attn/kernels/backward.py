@@ -48,7 +48,7 @@ def _blocks(problem, shared, adds, group: gl.constexpr, tile, g, state, begin, e
     first = g * (tile.end - tile.begin) - tile.begin
     for m in range(begin, end):
         i = first + m
-        m_start = tile.block(m) * c.tile_m
+        m_start = tile.block(problem, m) * c.tile_m
         state = step(problem, shared, adds, group, tile, i, m_start, state, masked)
     return state
 
@@ -57,7 +57,7 @@ def _blocks(problem, shared, adds, group: gl.constexpr, tile, g, state, begin, e
 def _first_block(problem, shared, adds, group: gl.constexpr, tile, own, state):
     """Block 0 of all, not part of a loop: that saves a dQ and a dS of zeros."""
     c: gl.constexpr = problem.config.static
-    m_start = tile.block(tile.begin) * c.tile_m
+    m_start = tile.block(problem, tile.begin) * c.tile_m
     if tile.count == 0:
         put_ds(problem, shared, group, 0, gl.zeros([64, c.tile_m], c.dtype, c.s_accumulator))
     elif own > tile.begin:
@@ -135,7 +135,7 @@ def _add_dq(group: gl.constexpr, problem, adds, tile):
     for g in range(problem.heads):
         statistics = tile.statistics(problem, g)
         for m in range(tile.begin, tile.end):
-            place = _place(problem, tile, group, statistics, tile.block(m))
+            place = _place(problem, tile, group, statistics, tile.block(problem, m))
             before = adds.add(group, number, place, before)
             number += 1
     adds.finish(before)

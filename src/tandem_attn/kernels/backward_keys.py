@@ -102,7 +102,7 @@ def _value_blocks(problem, shared, tile, g, s, dv, begin, end, masked: gl.conste
     c: gl.constexpr = problem.config.static
     first = g * (tile.end - tile.begin) - tile.begin
     for m in range(begin, end):
-        m_start = tile.block(m) * c.tile_m
+        m_start = tile.block(problem, m) * c.tile_m
         s, dv = _value_step(problem, shared, tile, first + m, m_start, s, dv, masked)
     return s, dv
 
@@ -126,7 +126,7 @@ def _values(problem, shared, tile, dv_out):
         if c.Mask.has_left_edge:
             s, dv = _value_blocks(problem, shared, tile, g, s, dv, tile.whole_end, end, True)
     if tile.count > 0:  # the last block, after which there are no scores to be computed
-        m_start = tile.block(tile.end - 1) * c.tile_m
+        m_start = tile.block(problem, tile.end - 1) * c.tile_m
         s, dv = _value_step(problem, shared, tile, tile.count - 1, m_start, s, dv, c.Mask.masks, True)
     pieces: gl.constexpr = c.k_pieces * c.qk_width // c.v_width
     # which only this consumer reads

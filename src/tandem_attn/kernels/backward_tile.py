@@ -53,13 +53,18 @@ class Tile:
     whole_begin: gl.tensor  # of which whole_begin to whole_end - 1 see all keys
     whole_end: gl.tensor
     count: gl.tensor  # blocks of all query heads of the part together
-    turn: gl.tensor  # where all blocks are alike: begin with this one
+    turn: gl.tensor  # how many blocks later than the first of those that change places they begin
 
     @gluon.jit
-    def block(self, m):
+    def block(self, problem, m):
         """Block to visit as number m. Programs that run side by side then add to different rows of dQ."""
-        m += self.turn
-        return m - gl.where(m >= self.end, self.end, 0)
+        n = m + self.turn
+        if problem.config.static.scatters:  # blocks that need no mask change places
+            n -= gl.where(n >= self.end, self.end - self.whole_begin, 0)
+            n = gl.where(m < self.whole_begin, m, n)
+        else:
+            n -= gl.where(n >= self.end, self.end, 0)
+        return n
 
     @gluon.jit
     def statistics(self, problem, g):
@@ -67,6 +72,18 @@ class Tile:
         num_heads = problem.num_parts * problem.heads
         head = self.part * problem.heads + g
         return self.sequence.padded_row(self.index, head, num_heads, problem.padded_rows)
+
+
+@gluon.jit
+def _scattered(before, block, whole):
+    """With which of its `whole` blocks, that see all of its keys, a tile begins.
+
+    As far from the last one as its keys are from the first, `before` blocks; where there are not so many,
+    some part of them later than with the first, the parts of all tiles being spread evenly (by the golden
+    ratio). That was faster than any regular distance (docs/kernels/backward.md).
+    """
+    part = block * 159 % 256 * whole // 256
+    return gl.where(before < whole, whole - before, part)
 
 
 @gluon.jit
@@ -83,6 +100,8 @@ def make_tile(problem, sequence, index, block, part, parts, window_left, window_
     turn = begin * 0
     if c.rotates:
         turn = n_start // c.tile_m % gl.maximum(end, 1)
+    elif c.scatters:
+        turn = _scattered(n_start // c.tile_m, block, end - whole_begin)
     kv_head = part // parts if c.partial else part
     count = (end - begin) * problem.heads
     return Tile(sequence, index, mask, part, kv_head, n_start, gl.to_tensor(begin), end,
@@ -113,7 +132,7 @@ def producer(problem, shared, tile, q_desc, k_desc, v_desc, do_desc, stat_desc):
         head = tile.part * problem.heads + g
         statistics = tile.statistics(problem, g)
         for m in range(tile.begin, end):
-            row = tile.block(m) * c.tile_m
+            row = tile.block(problem, m) * c.tile_m
             lse = statistics + row
             shared.q.acquire(i)
             with_q = lse if c.joint else lse + problem.delta_start

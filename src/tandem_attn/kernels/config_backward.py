@@ -15,6 +15,7 @@ import torch
 
 from tandem_attn.device.accumulate import WRITTEN
 from tandem_attn.device.gluon import COPIES_OPERANDS, gl
+from tandem_attn.device.mask import CausalMask
 from tandem_attn.device.schedule import DenseTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import (
@@ -31,6 +32,11 @@ NUM_CONSUMERS = 2
 KEYS = 64  # of a consumer
 WIDTHS = (64, 128, 192, 256)  # columns of tiles
 MAX_UNORDERED_KEYS = (WRITTEN.value - 1) * NUM_CONSUMERS * KEYS
+
+
+def _scatters(mask: type, width: int, ordered: bool) -> bool:
+    """At head_dim 64 it was of no use (H200, 2026-11-29); above 128 nothing is added to dQ."""
+    return mask is CausalMask and width == 128 and not ordered
 
 
 class GradientConfig(ChunkedConfig):
@@ -84,6 +90,11 @@ class ByKeysConfig(GradientConfig):
     def rotates(self) -> bool:
         """Whether tiles of keys begin with different blocks of rows: where all are alike and none waits."""
         return not self.ordered and not self.Mask.has_diagonal.value
+
+    @property
+    def scatters(self) -> bool:
+        """Whether they do so under a causal mask, with the blocks that see the whole tile."""
+        return _scatters(self.Mask, self.head_dim, self.ordered)
 
     @property
     def with_q(self) -> bool:
@@ -262,6 +273,7 @@ MAX_PARTS_BYTES = 2**31  # of dK and dV by parts
 _ROWS_OF_A_PROGRAM = 256  # beginning and end of a program take as long as this many rows
 _ROWS_OF_A_LAUNCH = 200
 _ROWS_PER_BYTE = 29 / 4e6
+_SLOWER_BY_A_HEAD = 0.015  # programs of different lengths drift apart, to different query heads
 
 _NARROW = {  # by width of heads
     64: dict(tile_m=128, packed_ds=True),
@@ -272,6 +284,11 @@ _NARROW = {  # by width of heads
 def _is_wide(spec: AttentionSpec) -> bool:
     """Whether dK and dV of a consumer's keys are too many registers."""
     return max(spec.head_dim, spec.head_dim_v) > 128
+
+
+def _width(columns: int) -> int:
+    """Of the tiles that hold so many columns."""
+    return next(width for width in WIDTHS if width >= columns)
 
 
 def _keys_of_a_program(spec: AttentionSpec) -> int:
@@ -290,9 +307,9 @@ def parts_of_group(spec: AttentionSpec) -> int:
     """In how many parts the query heads of a KV head are taken, each by programs of its own.
 
     One is best where there are programs enough: dK and dV are then summed up in registers. With few KV heads
-    multiprocessors are idle, or wait for the longest tiles at the end; and where tiles of keys add to dQ in
-    order, those start last. The estimate is in rows that a program passes, 29 per microsecond (H200, head_dim
-    128, 2026-11-25).
+    multiprocessors are idle, or wait for the longest tiles at the end; where tiles of keys add to dQ in
+    order, those start last; and with many query heads a program, what programs read at a time is no longer in
+    L2. The estimate is in rows that a program passes, 29 per microsecond (H200, head_dim 128, 2026-11-29).
     """
     batch = max(spec.batch, 1)
     rows, keys = spec.total_q / batch, spec.total_k / batch
@@ -302,6 +319,7 @@ def parts_of_group(spec: AttentionSpec) -> int:
     longest = min(rows, left + right + of_a_program)
     mean = longest / 2 if (spec.window.left < 0) != (spec.window.right < 0) else longest
     part_bytes = 4 * spec.total_k * spec.num_kv_heads * (spec.head_dim + spec.head_dim_v)
+    scatters = _scatters(mask_of(spec), _width(max(spec.head_dim, spec.head_dim_v)), _ordered(spec))
 
     def estimate(parts: int) -> float:
         heads = spec.group_size // parts
@@ -311,6 +329,8 @@ def parts_of_group(spec: AttentionSpec) -> int:
             time = evenly + last if _ordered(spec) else max(evenly, last)  # the longest last, or first
         else:
             time = math.ceil(tiles * parts / MULTIPROCESSORS) * own
+        if scatters:
+            time *= 1 + _SLOWER_BY_A_HEAD * (heads - 1)
         if parts > 1:  # written and read
             time += _ROWS_OF_A_LAUNCH + 2 * parts * part_bytes * _ROWS_PER_BYTE
         return time
@@ -328,7 +348,7 @@ def backward_configs(
     `copies_operands`: of the Triton that compiles it, see device/gluon.py.
     """
     mask = without_edges(mask_of(spec), spec, _keys_of_a_program(spec))
-    head_dim, head_dim_v = (next(w for w in WIDTHS if w >= d) for d in (spec.head_dim, spec.head_dim_v))
+    head_dim, head_dim_v = _width(spec.head_dim), _width(spec.head_dim_v)
     widest = max(head_dim, head_dim_v)
     shared = dict(
         element="bf16" if spec.dtype == torch.bfloat16 else "fp16",

@@ -294,20 +294,26 @@ class BackwardPlan:
     def _rows_together(self, longest: int, blocks: int) -> int:
         """Heads, of `blocks` tiles each, whose tiles are taken together.
 
-        As few as fill the card: what they read and add to stays in L2. The exceptions are by measurement, and
-        not understood (docs/kernels/backward.md).
+        As few as fill the card: what they read and add to stays in L2.
         """
-        mask = self.by_keys.Mask
-        window = mask.has_left_edge.value
-        several_heads = self.spec.group_size > self.parts  # in a program
-        better_many = self.by_queries is not None if window else longest > FILLING
         if self.by_keys.ordered:
+            window = self.by_keys.Mask.has_left_edge.value
             heads = (ORDERED_WINDOW_TILES if window else ORDERED_TILES) // blocks
-        elif mask.has_diagonal.value and (several_heads or better_many):
-            heads = ROWS_TOGETHER
         else:
-            heads = FILLING // longest
+            heads = ROWS_TOGETHER if self._better_many(longest) else FILLING // longest
         return max(1, min(ROWS_TOGETHER, heads))
+
+    def _better_many(self, longest: int) -> bool:
+        """Whether many heads together were faster than as few as fill the card. By measurement, and not
+        understood (docs/kernels/backward.md)."""
+        mask = self.by_keys.Mask
+        if self.by_keys.scatters:
+            return longest > 2 * FILLING
+        if not mask.has_diagonal.value:
+            return False
+        several_heads = self.spec.group_size > self.parts  # in a program
+        wide = self.by_queries is not None
+        return several_heads or (wide if mask.has_left_edge.value else longest > FILLING)
 
     def _descriptors(self, config, tensors: tuple) -> list:
         """TMA descriptors in the order of a kernel's arguments."""
