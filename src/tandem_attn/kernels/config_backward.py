@@ -273,7 +273,7 @@ MAX_PARTS_BYTES = 2**31  # of dK and dV by parts
 _ROWS_OF_A_PROGRAM = 256  # beginning and end of a program take as long as this many rows
 _ROWS_OF_A_LAUNCH = 200
 _ROWS_PER_BYTE = 29 / 4e6
-_SLOWER_BY_A_HEAD = 0.015  # programs of different lengths drift apart, to different query heads
+_SLOWER_BY_A_HEAD = 0.015  # fitted to what was fastest
 
 _NARROW = {  # by width of heads
     64: dict(tile_m=128, packed_ds=True),
@@ -308,8 +308,9 @@ def parts_of_group(spec: AttentionSpec) -> int:
 
     One is best where there are programs enough: dK and dV are then summed up in registers. With few KV heads
     multiprocessors are idle, or wait for the longest tiles at the end; where tiles of keys add to dQ in
-    order, those start last; and with many query heads a program, what programs read at a time is no longer in
-    L2. The estimate is in rows that a program passes, 29 per microsecond (H200, head_dim 128, 2026-11-29).
+    order, those start last. And causal tiles of several query heads drift apart, being of different lengths:
+    most likely L2 then no longer holds what they read. The estimate is in rows that a program passes, 29 per
+    microsecond (H200, head_dim 128, 2026-11-29).
     """
     batch = max(spec.batch, 1)
     rows, keys = spec.total_q / batch, spec.total_k / batch
