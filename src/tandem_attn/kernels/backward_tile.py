@@ -53,18 +53,16 @@ class Tile:
     whole_begin: gl.tensor  # of which whole_begin to whole_end - 1 see all keys
     whole_end: gl.tensor
     count: gl.tensor  # blocks of all query heads of the part together
-    turn: gl.tensor  # how many blocks later than the first of those that change places they begin
+    turn: gl.tensor  # of the blocks that see all keys, the number of the first to be visited
 
     @gluon.jit
     def block(self, problem, m):
         """Block to visit as number m. Programs that run side by side then add to different rows of dQ."""
-        n = m + self.turn
-        if problem.config.static.scatters:  # blocks that need no mask change places
+        if problem.config.static.scatters:  # of blocks that need no mask, those before `turn` go last
+            n = m + self.turn
             n -= gl.where(n >= self.end, self.end - self.whole_begin, 0)
-            n = gl.where(m < self.whole_begin, m, n)
-        else:
-            n -= gl.where(n >= self.end, self.end, 0)
-        return n
+            m = gl.where(m < self.whole_begin, m, n)
+        return m
 
     @gluon.jit
     def statistics(self, problem, g):
@@ -75,15 +73,19 @@ class Tile:
 
 
 @gluon.jit
-def _scattered(before, block, whole):
+def _turn(before, block, whole, causal: gl.constexpr):
     """With which of its `whole` blocks, that see all of its keys, a tile begins.
 
-    As far from the last one as its keys are from the first, `before` blocks; where there are not so many,
-    some part of them later than with the first, the parts of all tiles being spread evenly (by the golden
-    ratio). That was faster than any regular distance (docs/kernels/backward.md).
+    With the one that has its own number, `before`. Under a causal mask as far from the last one as its keys
+    are from the first; where there are not so many, some part of them later than with the first, the parts
+    of all tiles being spread evenly (by the golden ratio). Both were the fastest of several orders, and are
+    not understood (docs/kernels/backward.md).
     """
-    part = block * 159 % 256 * whole // 256
-    return gl.where(before < whole, whole - before, part)
+    turn = before % gl.maximum(whole, 1)
+    if causal:
+        part = block * 159 % 256 * whole // 256
+        turn = gl.where(before < whole, whole - before, part)
+    return turn
 
 
 @gluon.jit
@@ -98,10 +100,8 @@ def make_tile(problem, sequence, index, block, part, parts, window_left, window_
     n_start = block * c.tile_n
     begin, end, whole_begin, whole_end = mask.query_blocks(n_start, n_start + c.tile_n, c.tile_m)
     turn = begin * 0
-    if c.rotates:
-        turn = n_start // c.tile_m % gl.maximum(end, 1)
-    elif c.scatters:
-        turn = _scattered(n_start // c.tile_m, block, end - whole_begin)
+    if c.scatters:
+        turn = _turn(n_start // c.tile_m, block, end - whole_begin, c.Mask.has_diagonal)
     kv_head = part // parts if c.partial else part
     count = (end - begin) * problem.heads
     return Tile(sequence, index, mask, part, kv_head, n_start, gl.to_tensor(begin), end,

@@ -15,7 +15,6 @@ import torch
 
 from tandem_attn.device.accumulate import WRITTEN
 from tandem_attn.device.gluon import COPIES_OPERANDS, gl
-from tandem_attn.device.mask import CausalMask
 from tandem_attn.device.schedule import DenseTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import (
@@ -35,8 +34,11 @@ MAX_UNORDERED_KEYS = (WRITTEN.value - 1) * NUM_CONSUMERS * KEYS
 
 
 def _scatters(mask: type, width: int, ordered: bool) -> bool:
-    """At head_dim 64 it was of no use (H200, 2026-11-29); above 128 nothing is added to dQ."""
-    return mask is CausalMask and width == 128 and not ordered
+    """Whether tiles of keys begin with different blocks of rows: where none waits for another. Under a causal
+    mask it was of no use at head_dim 64 (H200, 2026-11-29), and above 128, where nothing is added, not tried.
+    """
+    useful = width == 128 or not mask.has_diagonal.value
+    return useful and not mask.has_left_edge.value and not ordered
 
 
 class GradientConfig(ChunkedConfig):
@@ -87,13 +89,8 @@ class ByKeysConfig(GradientConfig):
     """What the two kernels have whose programs own keys, and that make dK and dV."""
 
     @property
-    def rotates(self) -> bool:
-        """Whether tiles of keys begin with different blocks of rows: where all are alike and none waits."""
-        return not self.ordered and not self.Mask.has_diagonal.value
-
-    @property
     def scatters(self) -> bool:
-        """Whether they do so under a causal mask, with the blocks that see the whole tile."""
+        """Whether tiles of keys begin with different ones of the blocks of rows that see the whole tile."""
         return _scatters(self.Mask, self.head_dim, self.ordered)
 
     @property
@@ -328,10 +325,10 @@ def parts_of_group(spec: AttentionSpec) -> int:
         if mean < longest:
             evenly = tiles * parts * own / MULTIPROCESSORS
             time = evenly + last if _ordered(spec) else max(evenly, last)  # the longest last, or first
+            if scatters:
+                time *= 1 + _SLOWER_BY_A_HEAD * (heads - 1)
         else:
             time = math.ceil(tiles * parts / MULTIPROCESSORS) * own
-        if scatters:
-            time *= 1 + _SLOWER_BY_A_HEAD * (heads - 1)
         if parts > 1:  # written and read
             time += _ROWS_OF_A_LAUNCH + 2 * parts * part_bytes * _ROWS_PER_BYTE
         return time

@@ -307,10 +307,10 @@ class BackwardPlan:
         """Whether many heads together were faster than as few as fill the card. By measurement, and not
         understood (docs/kernels/backward.md)."""
         mask = self.by_keys.Mask
-        if self.by_keys.scatters:
-            return longest > 2 * FILLING
         if not mask.has_diagonal.value:
             return False
+        if self.by_keys.scatters:
+            return longest > 2 * FILLING
         several_heads = self.spec.group_size > self.parts  # in a program
         wide = self.by_queries is not None
         return several_heads or (wide if mask.has_left_edge.value else longest > FILLING)
