@@ -1,4 +1,5 @@
-"""Who is timed by `bench backward` and `bench train`: the forward's providers, differentiated by autograd."""
+"""Who is timed by `bench backward` and `bench train`: the forward's providers, differentiated by autograd
+(cuDNN's frontend by itself)."""
 
 from __future__ import annotations
 
@@ -8,14 +9,13 @@ from collections.abc import Callable
 
 import torch
 
-from tandem_attn.bench import providers
+from tandem_attn.bench import cudnn_frontend, providers
 from tandem_attn.bench.cases import GradientInputs
 from tandem_attn.bench.gradient_check import NAMES
 from tandem_attn.bench.providers import OURS, OURS_DETERMINISTIC, Call, Provider
 from tandem_attn.testing import Case
 
 Prepare = Callable[[Case, GradientInputs], Call]
-FORWARD_ONLY = {"cudnn-frontend"}  # writes no log-sum-exp, without which there is no backward
 
 
 def _backward(prepare: Prepare, case: Case, inputs: GradientInputs) -> Call:
@@ -51,10 +51,16 @@ def _repeated(prepare: Prepare, case: Case, inputs: GradientInputs) -> Call:
     return dataclasses.replace(call, answer=answer)
 
 
-def _differentiated(how: Callable) -> list[Provider]:
+def _cudnn_serves(case: Case) -> bool:
+    """What cuDNN does not do through torch, or does wrong."""
+    return case.varlen or providers.has_window(case)
+
+
+def _differentiated(how: Callable, by_cudnn: Callable) -> list[Provider]:
     found = []
     for one in providers.PROVIDERS:
-        if one.name in FORWARD_ONLY:
+        if one.name == "cudnn-frontend":
+            found.append(providers.cudnn_provider(by_cudnn, _cudnn_serves))
             continue
         found.append(dataclasses.replace(one, prepare=functools.partial(how, one.prepare)))
         if one.name == OURS:
@@ -64,4 +70,5 @@ def _differentiated(how: Callable) -> list[Provider]:
     return found
 
 
-BACKWARD, TRAIN = _differentiated(_backward), _differentiated(_train)
+BACKWARD = _differentiated(_backward, cudnn_frontend.backward)
+TRAIN = _differentiated(_train, cudnn_frontend.train)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 import tandem_attn
-from tandem_attn.bench import UserError
+from tandem_attn.bench import UserError, cudnn_frontend
 from tandem_attn.testing import Case, Inputs
 
 
@@ -185,57 +185,20 @@ def _torch_varlen(case: Case, inputs: Inputs) -> Call:
 
 
 def _torch_varlen_absent(device: torch.device) -> str:
-    return on_cuda_only(device) or not_importable("torch.nn.attention.varlen")
+    return _cuda_module_absent("torch.nn.attention.varlen", device)
 
 
-# cuDNN's own frontend: the only way to its sliding window
+# cuDNN's own frontend
 
 
-def _cudnn_frontend(case: Case, inputs: Inputs) -> Call:
-    import cudnn
-
-    kinds = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
-    handle = cudnn.create_handle()
-    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
-    graph = cudnn.pygraph(
-        io_data_type=kinds[case.dtype],
-        intermediate_data_type=cudnn.data_type.FLOAT,
-        compute_data_type=cudnn.data_type.FLOAT,
-        handle=handle,
-    )
-    q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
-    out = torch.empty(*inputs.q.shape[:-1], case.dim_v, dtype=case.dtype, device=q.device).transpose(1, 2)
-    nodes = [graph.tensor_like(x) for x in (q, k, v)]
-    left, right = case.bounds
-    alignment = "TOP_LEFT" if case.seqlen_q == case.seqlen_k else "BOTTOM_RIGHT"  # the former is older
-    o, _ = graph.sdpa(
-        name="sdpa",
-        **dict(zip("qkv", nodes, strict=True)),
-        is_inference=True,
-        attn_scale=inputs.scale,
-        diagonal_alignment=getattr(cudnn.diagonal_alignment, alignment),
-        # cuDNN counts the query's own position too
-        diagonal_band_left_bound=None if left < 0 else left + 1,
-        diagonal_band_right_bound=None if right < 0 else right,
-    )
-    o.set_output(True).set_dim(out.shape).set_stride(out.stride())
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
-    workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=q.device)
-    tensors = dict(zip([*nodes, o], [q, k, v, out], strict=True))
-
-    def run():
-        graph.execute(tensors, workspace, handle=handle)
-        return out.transpose(1, 2)
-
-    return Call(run, lambda: (run(), None), f"cuDNN {cudnn.backend_version()} with a window")
+def cudnn_provider(how: Callable, serves: Callable[[Case], bool]) -> Provider:
+    """`how`: a function of cudnn_frontend.py."""
+    absent = functools.partial(_cuda_module_absent, "cudnn")
+    return Provider("cudnn-frontend", absent, serves, lambda case, inputs: Call(*how(case, inputs)))
 
 
-def _cudnn_frontend_absent(device: torch.device) -> str:
-    return on_cuda_only(device) or not_importable("cudnn")
+def _cuda_module_absent(module: str, device: torch.device) -> str:
+    return on_cuda_only(device) or not_importable(module)
 
 
 # FlashAttention
@@ -263,7 +226,7 @@ def _flash(module: str, unlimited: int | None, case: Case, inputs: Inputs) -> Ca
 
 def flash_absent(module: str, device: torch.device, name: str = "flash_attn_func") -> str:
     """Why a library with FlashAttention's functions is absent, `name` being the one that is timed."""
-    reason = on_cuda_only(device) or not_importable(module)
+    reason = _cuda_module_absent(module, device)
     if reason:
         return reason
     function = getattr(importlib.import_module(module), name, None)
@@ -288,7 +251,8 @@ def _flash_provider(name: str, module: str, unlimited: int | None) -> Provider:
     return Provider(name, absent, _any_case, functools.partial(_flash, module, unlimited))
 
 
-def _has_window(case: Case) -> bool:
+def has_window(case: Case) -> bool:
+    """Whether a dense question has a window: what cuDNN does not do through torch."""
     return case.window != (-1, -1) and not case.varlen
 
 
@@ -305,7 +269,7 @@ PROVIDERS = [
         functools.partial(_sdpa, None),
     ),
     Provider("torch-varlen", _torch_varlen_absent, lambda case: case.varlen, _torch_varlen),
-    Provider("cudnn-frontend", _cudnn_frontend_absent, _has_window, _cudnn_frontend),
+    cudnn_provider(cudnn_frontend.forward, has_window),
     _flash_provider("fa3", "flash_attn_interface", -1),
     _flash_provider("fa4", "flash_attn.cute", None),
 ]
