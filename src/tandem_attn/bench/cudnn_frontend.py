@@ -1,8 +1,9 @@
-"""cuDNN attention by its own frontend, for what it does not do through torch: sliding windows, and right
-gradients of packed sequences (torch 2.11 tells cuDNN that no sequence is longer than the head dimension:
-https://github.com/pytorch/pytorch/pull/186142).
+"""cuDNN attention by its own frontend, for what it does not do through torch: sliding windows and packed
+sequences. Torch 2.11 makes a new plan for every packed call (https://github.com/pytorch/pytorch/pull/191576),
+and tells the backward that no sequence is longer than the head dimension
+(https://github.com/pytorch/pytorch/pull/186142).
 
-The first three functions return what a `providers.Call` is made of: (run, answer, label).
+`forward`, `backward` and `train` return what a `providers.Call` is made of: (run, answer, label).
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from tandem_attn.bench.cases import GradientInputs
 from tandem_attn.testing import Case, Inputs
 
 Parts = tuple[Callable[[], object], Callable[[], tuple[torch.Tensor | None, ...]], str]
+
+
+def serves(case: Case) -> bool:
+    """Whether it is what torch leaves undone."""
+    return case.varlen or case.window != (-1, -1)
 
 
 def forward(case: Case, inputs: Inputs) -> Parts:

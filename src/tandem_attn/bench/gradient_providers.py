@@ -51,16 +51,11 @@ def _repeated(prepare: Prepare, case: Case, inputs: GradientInputs) -> Call:
     return dataclasses.replace(call, answer=answer)
 
 
-def _cudnn_serves(case: Case) -> bool:
-    """What cuDNN does not do through torch, or does wrong."""
-    return case.varlen or providers.has_window(case)
-
-
 def _differentiated(how: Callable, by_cudnn: Callable) -> list[Provider]:
     found = []
     for one in providers.PROVIDERS:
         if one.name == "cudnn-frontend":
-            found.append(providers.cudnn_provider(by_cudnn, _cudnn_serves))
+            found.append(providers.cudnn_provider(by_cudnn))
             continue
         found.append(dataclasses.replace(one, prepare=functools.partial(how, one.prepare)))
         if one.name == OURS:

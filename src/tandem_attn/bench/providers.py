@@ -191,9 +191,10 @@ def _torch_varlen_absent(device: torch.device) -> str:
 # cuDNN's own frontend
 
 
-def cudnn_provider(how: Callable, serves: Callable[[Case], bool]) -> Provider:
+def cudnn_provider(how: Callable) -> Provider:
     """`how`: a function of cudnn_frontend.py."""
     absent = functools.partial(_cuda_module_absent, "cudnn")
+    serves = cudnn_frontend.serves
     return Provider("cudnn-frontend", absent, serves, lambda case, inputs: Call(*how(case, inputs)))
 
 
@@ -251,11 +252,6 @@ def _flash_provider(name: str, module: str, unlimited: int | None) -> Provider:
     return Provider(name, absent, _any_case, functools.partial(_flash, module, unlimited))
 
 
-def has_window(case: Case) -> bool:
-    """Whether a dense question has a window: what cuDNN does not do through torch."""
-    return case.window != (-1, -1) and not case.varlen
-
-
 OURS = "tandem"
 OURS_DETERMINISTIC = "tandem-attn deterministic"  # in benchmarks of gradients
 PROVIDERS = [
@@ -269,7 +265,7 @@ PROVIDERS = [
         functools.partial(_sdpa, None),
     ),
     Provider("torch-varlen", _torch_varlen_absent, lambda case: case.varlen, _torch_varlen),
-    cudnn_provider(cudnn_frontend.forward, has_window),
+    cudnn_provider(cudnn_frontend.forward),
     _flash_provider("fa3", "flash_attn_interface", -1),
     _flash_provider("fa4", "flash_attn.cute", None),
 ]
