@@ -16,6 +16,7 @@ import torch
 from tandem_attn.bench.cases import GradientInputs
 from tandem_attn.testing import Case, Inputs
 
+NAME = "cudnn-frontend"
 Parts = tuple[Callable[[], object], Callable[[], tuple[torch.Tensor | None, ...]], str]
 
 

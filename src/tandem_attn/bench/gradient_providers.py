@@ -54,7 +54,7 @@ def _repeated(prepare: Prepare, case: Case, inputs: GradientInputs) -> Call:
 def _differentiated(how: Callable, by_cudnn: Callable) -> list[Provider]:
     found = []
     for one in providers.PROVIDERS:
-        if one.name == "cudnn-frontend":
+        if one.name == cudnn_frontend.NAME:
             found.append(providers.cudnn_provider(by_cudnn))
             continue
         found.append(dataclasses.replace(one, prepare=functools.partial(how, one.prepare)))

@@ -195,7 +195,7 @@ def cudnn_provider(how: Callable) -> Provider:
     """`how`: a function of cudnn_frontend.py."""
     absent = functools.partial(_cuda_module_absent, "cudnn")
     serves = cudnn_frontend.serves
-    return Provider("cudnn-frontend", absent, serves, lambda case, inputs: Call(*how(case, inputs)))
+    return Provider(cudnn_frontend.NAME, absent, serves, lambda case, inputs: Call(*how(case, inputs)))
 
 
 def _cuda_module_absent(module: str, device: torch.device) -> str:
