@@ -12,6 +12,7 @@ from tandem_attn.bench import cases, gradient_providers, providers
 from tandem_attn.bench.check import Oracle
 from tandem_attn.bench.gradient_check import GradientOracle
 from tandem_attn.testing import Case
+from tandem_attn.testing.budget import explicit_mask
 
 CPU = torch.device("cpu")
 LENGTHS = (70, 1, 133)
@@ -27,6 +28,16 @@ CASES = {
 }
 
 
+def setter(field: str):
+    """A method that sets a field and returns the node."""
+
+    def set_field(self, value):
+        setattr(self, field, value)
+        return self
+
+    return set_field
+
+
 @dataclasses.dataclass(eq=False)
 class Node:
     """A tensor as a graph describes it."""
@@ -37,25 +48,11 @@ class Node:
     ragged: "Node | None" = None
     is_output: bool = False
 
-    def set_output(self, value):
-        self.is_output = value
-        return self
-
-    def set_dim(self, value):
-        self.dim = value
-        return self
-
-    def set_stride(self, value):
-        self.stride = value
-        return self
-
-    def set_data_type(self, value):
-        self.data_type = value
-        return self
-
-    def set_ragged_offset(self, node):
-        self.ragged = node
-        return self
+    set_output = setter("is_output")
+    set_dim = setter("dim")
+    set_stride = setter("stride")
+    set_data_type = setter("data_type")
+    set_ragged_offset = setter("ragged")
 
 
 class Graph:
@@ -121,15 +118,12 @@ class Graph:
         """(scores with -inf where masked, q, k, v), key heads repeated, in float64."""
         q, k, v = (view(self.nodes[name], rows if name == "q" else keys).double() for name in "qkv")
         k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-        shift = keys - rows if self.asked["diagonal_alignment"] == "bottom right" else 0
-        distance = torch.arange(keys) - torch.arange(rows)[:, None] - shift
         left, right = (self.asked[f"diagonal_band_{side}_bound"] for side in ("left", "right"))
-        hidden = torch.zeros(rows, keys, dtype=torch.bool)
-        if left is not None:
-            hidden |= distance <= -left
-        if right is not None:
-            hidden |= distance > right
-        s = (q @ k.transpose(1, 2) * self.asked["attn_scale"]).masked_fill(hidden, float("-inf"))
+        window = (-1 if left is None else left - 1, -1 if right is None else right)
+        # as many rows as keys: row i stands at key i
+        height = rows if self.asked["diagonal_alignment"] == "bottom right" else keys
+        seen = explicit_mask(torch.arange(rows), height, keys, window)
+        s = (q @ k.transpose(1, 2) * self.asked["attn_scale"]).masked_fill(~seen, float("-inf"))
         return s, q, k, v
 
     def forward(self, view, rows, keys):

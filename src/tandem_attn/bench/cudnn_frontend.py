@@ -3,7 +3,7 @@ sequences. Torch 2.11 makes a new plan for every packed call (https://github.com
 and tells the backward that no sequence is longer than the head dimension
 (https://github.com/pytorch/pytorch/pull/186142).
 
-`forward`, `backward` and `train` return what a `providers.Call` is made of: (run, answer, label).
+`forward`, `backward` and `train` return a function that runs and returns the answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tandem_attn.bench.cases import GradientInputs
 from tandem_attn.testing import Case, Inputs
 
 NAME = "cudnn-frontend"
-Parts = tuple[Callable[[], object], Callable[[], tuple[torch.Tensor | None, ...]], str]
+Run = Callable[[], tuple[torch.Tensor | None, ...]]
 
 
 def serves(case: Case) -> bool:
@@ -25,43 +25,45 @@ def serves(case: Case) -> bool:
     return case.varlen or case.window != (-1, -1)
 
 
-def forward(case: Case, inputs: Inputs) -> Parts:
-    """The forward alone."""
-    graph, run, out, _ = _forward(case, inputs, with_stats=False)
+def label() -> str:
+    """What really runs."""
+    import cudnn
 
-    def answer():
-        run()
-        return out, None
-
-    return run, answer, graph.label
+    return f"cuDNN {cudnn.backend_version()} by its own frontend"
 
 
-def backward(case: Case, inputs: GradientInputs) -> Parts:
-    """The backward alone: of one forward, again and again."""
-    label, _, run, gradients = _gradients(case, inputs)
-
-    def answer():
-        run()
-        return gradients
-
-    return run, answer, label
+def forward(case: Case, inputs: Inputs) -> Run:
+    """The forward alone: (out, None)."""
+    launch, out, _ = _forward(case, inputs, with_stats=False)
+    return _answering((out, None), launch)
 
 
-def train(case: Case, inputs: GradientInputs) -> Parts:
-    """A forward and its backward."""
-    label, forward, backward, gradients = _gradients(case, inputs)
+def backward(case: Case, inputs: GradientInputs) -> Run:
+    """The backward alone, of one forward, again and again: (dq, dk, dv)."""
+    _, launch, gradients = _gradients(case, inputs)
+    return _answering(gradients, launch)
+
+
+def train(case: Case, inputs: GradientInputs) -> Run:
+    """A forward and its backward: (dq, dk, dv)."""
+    *launches, gradients = _gradients(case, inputs)
+    return _answering(gradients, *launches)
+
+
+def _answering(results: tuple[torch.Tensor | None, ...], *launches: Callable[[], object]) -> Run:
+    """A function that launches and returns the tensors that are written."""
 
     def run():
-        forward()
-        backward()
-        return gradients
+        for launch in launches:
+            launch()
+        return results
 
-    return run, run, label
+    return run
 
 
 def _gradients(case: Case, inputs: GradientInputs):
-    """(label, launch of the forward, launch of the backward, (dq, dk, dv))"""
-    graph, forward, out, stats = _forward(case, inputs, with_stats=True)
+    """(launch of the forward, launch of the backward, (dq, dk, dv))"""
+    forward, out, stats = _forward(case, inputs, with_stats=True)
     forward()
     graph = _Graph(case, inputs)
     read = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "o": out, "dO": inputs.dout, "stats": stats}
@@ -73,11 +75,11 @@ def _gradients(case: Case, inputs: GradientInputs):
     made = graph.graph.sdpa_backward(**nodes, **asked)
     for node, gradient, side in zip(made, gradients, "qkk", strict=True):
         graph.write(node, gradient, side)
-    return graph.label, forward, graph.built(), gradients
+    return forward, graph.built(), gradients
 
 
 def _forward(case: Case, inputs: Inputs, with_stats: bool):
-    """(graph, launch, out, log-sum-exp or None)"""
+    """(launch, out, log-sum-exp or None)"""
     if case.softcap:
         raise NotImplementedError("this benchmark asks cuDNN for no softcap")
     graph = _Graph(case, inputs)
@@ -89,7 +91,7 @@ def _forward(case: Case, inputs: Inputs, with_stats: bool):
     graph.write(made, out, "q")
     if stats is not None:
         graph.write(made_stats, stats, "q")
-    return graph, graph.built(), out, stats
+    return graph.built(), out, stats
 
 
 class _Graph:
@@ -174,8 +176,3 @@ class _Graph:
         size = self.graph.get_workspace_size()
         workspace = torch.empty(size, dtype=torch.uint8, device=self.inputs.q.device)
         return functools.partial(self.graph.execute, self.tensors, workspace, handle=self.handle)
-
-    @property
-    def label(self) -> str:
-        """What really runs."""
-        return f"cuDNN {self.cudnn.backend_version()} by its own frontend"

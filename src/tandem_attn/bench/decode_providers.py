@@ -20,10 +20,9 @@ from tandem_attn.bench.providers import (
     OURS,
     Provider,
     attempt,
+    cuda_module_absent,
     everywhere,
     flash_absent,
-    not_importable,
-    on_cuda_only,
 )
 from tandem_attn.testing.decode_inputs import DecodeCase
 
@@ -156,10 +155,6 @@ def page_lists(case: DecodeCase, caches: Caches, page: int) -> tuple[torch.Tenso
     return tuple(x.to(caches.q.device) for x in (starts, numbers, last))
 
 
-def _flashinfer_absent(device: torch.device) -> str:
-    return on_cuda_only(device) or not_importable("flashinfer")
-
-
 PROVIDERS = [
     Provider(OURS, everywhere, _any_case, _tandem),
     Provider("sdpa", everywhere, _is_uniform, _sdpa),
@@ -175,5 +170,7 @@ PROVIDERS = [
         _any_case,
         _fa4,
     ),
-    Provider("flashinfer", _flashinfer_absent, _flashinfer_serves, _flashinfer),
+    Provider(
+        "flashinfer", functools.partial(cuda_module_absent, "flashinfer"), _flashinfer_serves, _flashinfer
+    ),
 ]

@@ -184,22 +184,18 @@ def _torch_varlen(case: Case, inputs: Inputs) -> Call:
     return Call(run, lambda: (run(), None))
 
 
-def _torch_varlen_absent(device: torch.device) -> str:
-    return _cuda_module_absent("torch.nn.attention.varlen", device)
-
-
 # cuDNN's own frontend
 
 
 def cudnn_provider(how: Callable) -> Provider:
-    """`how`: a function of cudnn_frontend.py."""
-    absent = functools.partial(_cuda_module_absent, "cudnn")
-    serves = cudnn_frontend.serves
-    return Provider(cudnn_frontend.NAME, absent, serves, lambda case, inputs: Call(*how(case, inputs)))
+    """`how`: cudnn_frontend.forward, backward or train."""
 
+    def prepare(case: Case, inputs: Inputs) -> Call:
+        run = how(case, inputs)
+        return Call(run, run, cudnn_frontend.label())
 
-def _cuda_module_absent(module: str, device: torch.device) -> str:
-    return on_cuda_only(device) or not_importable(module)
+    absent = functools.partial(cuda_module_absent, "cudnn")
+    return Provider(cudnn_frontend.NAME, absent, cudnn_frontend.serves, prepare)
 
 
 # FlashAttention
@@ -227,7 +223,7 @@ def _flash(module: str, unlimited: int | None, case: Case, inputs: Inputs) -> Ca
 
 def flash_absent(module: str, device: torch.device, name: str = "flash_attn_func") -> str:
     """Why a library with FlashAttention's functions is absent, `name` being the one that is timed."""
-    reason = _cuda_module_absent(module, device)
+    reason = cuda_module_absent(module, device)
     if reason:
         return reason
     function = getattr(importlib.import_module(module), name, None)
@@ -236,6 +232,11 @@ def flash_absent(module: str, device: torch.device, name: str = "flash_attn_func
     if (getattr(function, "__module__", None) or "").partition(".")[0] == "tandem_attn":
         return f"{module} is tandem_attn under that name"
     return ""
+
+
+def cuda_module_absent(module: str, device: torch.device) -> str:
+    """Why a module whose functions need CUDA is absent."""
+    return on_cuda_only(device) or not_importable(module)
 
 
 def not_importable(module: str) -> str:
@@ -264,7 +265,12 @@ PROVIDERS = [
         _any_case,
         functools.partial(_sdpa, None),
     ),
-    Provider("torch-varlen", _torch_varlen_absent, lambda case: case.varlen, _torch_varlen),
+    Provider(
+        "torch-varlen",
+        functools.partial(cuda_module_absent, "torch.nn.attention.varlen"),
+        lambda case: case.varlen,
+        _torch_varlen,
+    ),
     cudnn_provider(cudnn_frontend.forward),
     _flash_provider("fa3", "flash_attn_interface", -1),
     _flash_provider("fa4", "flash_attn.cute", None),
