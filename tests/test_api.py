@@ -46,9 +46,6 @@ def qkv(*shape):
     "name, value",
     [
         ("qv", torch.zeros(1)),
-        ("q_descale", torch.ones(1)),
-        ("k_descale", torch.ones(1)),
-        ("v_descale", torch.ones(1)),
         ("attention_chunk", 128),
         ("num_splits", 3),
         ("pack_gqa", True),
@@ -142,9 +139,20 @@ def test_qkvpacked_mistakes(shape, heads, error, message):
         flash_attn_qkvpacked_func(packed, num_heads_q=heads)
 
 
-def test_qkvpacked_not_yet():
-    with pytest.raises(NotImplementedError, match="k_descale"):
-        flash_attn_qkvpacked_func(torch.zeros(1, 4, 3, 2, 8), k_descale=torch.ones(1))
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
+def test_descales_are_for_e4m3(name):
+    given = {name: torch.ones(2, 4)}
+    message = f"^{name} is given for q of dtype torch.float32; supported: None, or e4m3 tensors"
+    starts = torch.tensor([0, 12], dtype=torch.int32)
+    packed = [x.flatten(0, 1) for x in qkv()]
+    for call in (
+        lambda: flash_attn_func(*qkv(), **given),
+        lambda: flash_attn_varlen_func(*packed, starts, starts, 12, 12, **given),
+        lambda: flash_attn_qkvpacked_func(torch.zeros(1, 4, 3, 2, 8), **given),
+        lambda: tandem_attn.explain(*qkv(), **given),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # Importing
@@ -186,6 +194,8 @@ def test_drop_in_for_flash_attn_interface():
 
 def test_public_names():
     public = {
+        "Fp8Recipe",
+        "Fp8Tensors",
         "PagedKVCache",
         "PoolExhausted",
         "__version__",
@@ -193,12 +203,16 @@ def test_public_names():
         "explain",
         "explain_with_kvcache",
         "flash_attn_combine",
+        "flash_attn_fp8_func",
+        "flash_attn_fp8_varlen_func",
         "flash_attn_func",
         "flash_attn_qkvpacked_func",
+        "flash_attn_quantized_func",
         "flash_attn_varlen_func",
         "flash_attn_with_kvcache",
         "get_scheduler_metadata",
         "merge_attention_states",
+        "quantize_qkv",
     }
     assert set(tandem_attn.__all__) == public and public <= set(dir(tandem_attn))
     with pytest.raises(AttributeError, match="no attribute 'flash_attn'"):

@@ -20,30 +20,41 @@ FA3_SIGNATURES = {
     "flash_attn_varlen_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flash_attn_fp8_varlen_func",
     "get_scheduler_metadata",
 }
 
 # module or folder: what it may import from tandem_attn, inside functions too
-LEAVES = {"spec", "spec_decode", "arch"}
+LEAVES = {"spec", "spec_decode", "spec_quant", "spec_fp8", "quant", "arch"}
 MAY_IMPORT = {
     "_version": set(),
     "spec": set(),
     "spec_decode": {"spec"},
     "check_decode": {"spec", "spec_decode"},
+    "quant": {"spec"},
+    "spec_quant": {"quant", "spec", "spec_decode", "check_decode"},
+    "spec_fp8": {"quant", "spec"},
     "arch": set(),
     "log": set(),
     "device": {"device"},
     "kernels": {"kernels", "device", *LEAVES},
     "reference": LEAVES,
     "reference_decode": {"reference", *LEAVES},
+    "reference_quant": {"reference", "reference_decode", *LEAVES},
+    "reference_fp8": {"reference", *LEAVES},
     "torch_fused": {"reference", *LEAVES},
-    "dispatch": {"kernels", "torch_fused", "reference", "reference_decode", *LEAVES},
+    "dispatch": {
+        *("kernels", "torch_fused", "reference", "reference_decode", "reference_fp8", "reference_quant"),
+        *LEAVES,
+    },
     "ops": {"dispatch", "reference", "log", *LEAVES},
     "ops_decode": {"ops", "dispatch", "check_decode", "log", *LEAVES},
-    "api": {"ops", "dispatch", *LEAVES},
+    "ops_fp8": {"ops", "dispatch", "log", *LEAVES},
+    "api": {"ops", "ops_fp8", "dispatch", *LEAVES},
+    "api_fp8": {"ops", "ops_fp8", *LEAVES},
     "api_decode": {"api", "ops_decode", "dispatch", "reference_decode", "check_decode", *LEAVES},
     "testing": {"testing", "kernels", "device", "__init__", *LEAVES},
-    "__init__": {"api", "api_decode", "cache", "_version"},
+    "__init__": {"api", "api_decode", "api_fp8", "cache", "_version"},
 }
 PUBLIC = {"__init__", "_version"}  # what everything above api uses, besides its own kind
 ABOVE_API = {"bench", "cache", "cli", "demo", "doctor", "__main__", "distributed", "integrations"}

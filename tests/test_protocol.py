@@ -80,6 +80,10 @@ def make_config(dice, spec) -> ForwardConfig:
     flags = {flag: dice.random() < 0.5 for flag in FLAGS}
     flags["skip"] &= (consumers - 1) * tile_m <= tile_n
     flags["opens_in_loop"] &= mask is not NoMask
+    flags["sum_by_wgmma"] = False  # e4m3 only: tests/test_protocol_fp8.py
+    flags["block_sums"] &= flags["serial"]
+    if flags["serial"]:
+        flags |= dict.fromkeys(("rescale_first", "skip", "in_step", "opens_in_loop"), False)
     return ForwardConfig(
         element="bf16",
         head_dim=head_dim,
@@ -94,6 +98,7 @@ def make_config(dice, spec) -> ForwardConfig:
         q_stages=dice.choice((1, 2)),
         o_parts=o_parts,
         o_buffers=dice.choice([n for n in range(1, o_parts + 1) if o_parts % n == 0]),
+        promote=0 if flags["serial"] else dice.choice((0, 0, 1, 2)),
         **flags,
     )
 
@@ -206,6 +211,7 @@ def test_shipped_configurations_as_they_are(config):
 def test_many_orders_of_events_of_one_causal_problem(consumers, skip, pingpong, opens_in_loop):
     """Tiles as tall as a key block and more, so that consumers skip; more tiles than programs."""
     fixed = dict(varlen=False, causal=True, seqlens=(30, 30), tile_m=4, tile_n=8, opens_in_loop=opens_in_loop)
+    fixed |= dict(serial=False, block_sums=False)
     problem = make_problem(3, **fixed, num_consumers=consumers, skip=skip, pingpong=pingpong)
     for seed in range(3):
         check(problem, seed)
@@ -248,7 +254,7 @@ FAULTS = {
     "named: a stage is empty before all have left it": {"128 * num_consumers + 32": "128 * 1 + 32"},
     "one consumer's release counts for all": {"rs(num_stages, num_consumers)": "rs(num_stages, 1)"},
     "the last P V does not wait for V": {"        shared.v.wait(it - 1)\n": ""},
-    "O is read by TMA without a fence": {"    fence_async_shared()\n": ""},
+    "O is read by TMA without a fence": {"    fence_async_shared()\n    coords": "    coords"},
     "O is overwritten while TMA reads it": {"    tma_store_wait(c.o_buffers - 1)\n": ""},
     "a consumer leaves before its O has been read": {"        tma_store_wait(0)\n": ""},
     "mail is overwritten before it is read": {
@@ -256,9 +262,9 @@ FAULTS = {
         "        shared.mailbox.send(slot, 0, m_start)\n": "        shared.mailbox.send(slot, 0, m_start)\n"
     },
     "Q is handed back before it is read": {
-        "        q = _take_q(problem, shared, slot)\n        if c.q_in_registers:\n": "        if True:\n",
+        "        q = take_q(problem, shared, slot)\n        if c.q_in_registers:\n": "        if True:\n",
         "        m_start = m_tile + group * c.tile_m\n": (
-            "        q = _take_q(problem, shared, slot)\n        m_start = m_tile + group * c.tile_m\n"
+            "        q = take_q(problem, shared, slot)\n        m_start = m_tile + group * c.tile_m\n"
         ),
         "        if not c.q_in_registers:\n": "        if False:\n",
     },
@@ -270,9 +276,11 @@ FAULTS = {
     "O of the tile before is added up": {"previous.blocks > 1": "True"},
     "the first O is added up": {"i > second, masked": "True, masked"},
     "rows of the new tile get O of the old": {
-        "Previous(sequence, head, m_start,": "Previous(sequence, head, previous.m_start,"
+        "previous = Finished(sequence, head, m_start,": (
+            "previous = Finished(sequence, head, previous.m_start,"
+        )
     },
-    "opens: O of the tile before is scaled": {"gl.where(opens, 1.0, alpha)": "alpha"},
+    "opens: O of the tile before is scaled": {"gl.where(opens, 1.0, factor)": "factor"},
     "opens: maximum and sum of the tile before stay": {
         'gl.where(opens, float("-inf"), state.row_max)': "state.row_max",
         "gl.where(opens, 0.0, state.row_sum)": "state.row_sum",
@@ -283,17 +291,47 @@ FAULTS = {
         "gl.where(opens, previous.blocks > 1, i > first + 1)": "gl.where(opens, True, i > first + 1)"
     },
     "O leaves in the wrong columns": {"i * c.o_width": "i * 8"},
+    "serial: K is handed back while its scores are computed": {
+        "    s = warpgroup_mma_wait(0, deps=(started,))\n    shared.k.release(j)\n": (
+            "    shared.k.release(j)\n    s = warpgroup_mma_wait(0, deps=(started,))\n"
+        )
+    },
+    "serial: V is not waited for": {"        shared.v.wait(j)\n": ""},
+    "serial: V is handed back while P V is computed": {
+        "        shared.v.wait(j)\n": "        shared.v.wait(j)\n        shared.v.release(j)\n",
+        "    shared.v.release(j)\n    return new": "    return new",
+    },
+    "serial: O of the tile before is added up": {  # a maximum of -inf would make nothing of it
+        "    o = zeros(c.tile_m, c.v_width, c.v_chunks, c.o_accumulator)\n    state": (
+            "    o = state.o\n    state"
+        ),
+        'row_max = gl.full_like(state.row_max, float("-inf"))': "row_max = state.row_max",
+    },
+    "serial: a consumer leaves before its O has been read": {
+        "mailbox.receive(slot, 0)\n    tma_store_wait(0)\n": "mailbox.receive(slot, 0)\n"
+    },
+    "chunks: what is kept aside is forgotten": {"gl.load(_places_aside(problem, group, n))": "0.0 * unit[:, None]"},
+    "chunks: O is not started anew": {"from_here = gl.where(again, i, start)": "from_here = start"},
+    "chunks: what was kept is not scaled": {"decay = gl.exp2(kept_max - state.row_max)": "decay = kept_max * 0 + 1.0"},
+    "chunks: consumers share a place": {"gl.program_id(0) * c.num_consumers + group": "gl.program_id(0)"},
+    "chunks: sums are forgotten": {"kept_sum = i, state.row_max, gl.where(again, decayed, 0.0)": (
+        "kept_sum = i, state.row_max, kept_sum * 0.0"
+    )},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_noticed(fault):
     """Several problems with few resources, several orders: one of them must fail."""
-    fixed = dict(
-        causal=True, pingpong="turn" in fault, skip=True, tile_m=4, tile_n=8, q_stages=1, seqlens=(60, 60)
-    )
+    fixed = dict(causal=True, pingpong="turn" in fault, tile_m=4, tile_n=8, q_stages=1, seqlens=(60, 60))
     fixed["named_release"] = fault.startswith("named:")
     fixed["opens_in_loop"] = fault.startswith("opens:")
+    fixed["serial"] = fault.startswith("serial:")
+    fixed["promote"] = 1 if fault.startswith("chunks:") else 0
+    if fixed["serial"]:
+        fixed |= dict(skip=False, rescale_first=False, in_step=False)
+    else:
+        fixed |= dict(skip=True, block_sums=False)
     for seed in range(60):
         problem = make_problem(seed, **fixed)
         try:

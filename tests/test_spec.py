@@ -54,9 +54,14 @@ DENSE = {
         r"v is of dtype torch.complex64",
     ),
     "fp8": (
-        {"q": randn(2, 8, 4, 16, dtype=torch.float8_e4m3fn)},
+        {"q": randn(2, 8, 4, 16, dtype=torch.float8_e5m2)},
         NotImplementedError,
-        r"q is of dtype torch.float8_e4m3fn.*FP8 is not written yet",
+        r"q is of dtype torch.float8_e5m2; .*in FP8 torch.float8_e4m3fn for q, k and v",
+    ),
+    "fp8 mix": (
+        {"q": randn(2, 8, 4, 16, dtype=torch.float8_e4m3fn)},
+        TypeError,
+        r"k is of dtype torch.float32; supported: torch.float8_e4m3fn, as one of q, k and v is",
     ),
     "dtype mix": (
         {"k": randn(2, 8, 4, 16, dtype=torch.bfloat16)},

@@ -2,9 +2,10 @@
 """Rewrite the tables of README.md from benchmarks/results/*.json, so that no number is typed by hand.
 
 A table lies between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is forward-GROUP, backward-GROUP,
-train-GROUP or decode-GROUP (a group of `bench forward` and so on), generate or overhead, and may be followed
-by the name of a result file; without it the newest result that holds such numbers is taken. A decode table of
-no result says so. With --check nothing is written, and the exit status is 1 if something would be.
+train-GROUP, decode-GROUP or fp8-GROUP (a group of `bench forward` and so on), generate or overhead, and may
+be followed by the name of a result file; without it the newest result that holds such numbers is taken. A
+decode table of no result says so, and one of fp8 is empty. With --check nothing is written, and the exit
+status is 1 if something would be.
 """
 
 from __future__ import annotations
@@ -99,8 +100,18 @@ def table(name: str, results: pathlib.Path) -> str:
             return NOT_MEASURED + "\n"
         records = [record for record in document["cases"] if record["group"] == group]
         lines = [*decode_table(records), "", decode_notes(document, group, records)]
+    elif benchmark == "fp8" and group in FP8:
+        try:
+            path, document = _result(results, file, lambda d: _holds(d, "fp8", group), name)
+        except NoResult:
+            if file:
+                raise
+            return ""
+        records = [record for record in document["cases"] if record["group"] == group]
+        lines = FP8[group](document, records)
     else:
-        known = ", ".join(["overhead", "generate", *(f"{one}-GROUP" for one in (*TFLOPS, "decode"))])
+        known = ["overhead", "generate", *(f"{one}-GROUP" for one in (*TFLOPS, "decode"))]
+        known = ", ".join([*known, *(f"fp8-{one}" for one in FP8)])
         raise TableError(f"table {name!r} is unknown; supported: {known}")
     return "\n".join([*lines, "", source(path, document), ""])
 
@@ -298,6 +309,133 @@ def overhead_table(document: dict) -> list[str]:
     ]
     lines = markdown(["function", "host microseconds per call"], body)
     return [*lines, "", document["remark"]] if document["remark"] else lines
+
+
+def fp8_grid(document: dict, records: list[dict]) -> list[str]:
+    """A row per head_dim and mask, a column per length: ours / FlashAttention-3's = ratio; and the means."""
+    seqlens = sorted({record["question"]["seqlen_k"] for record in records})
+    rows: dict[tuple, dict[int, dict]] = {}
+    for record in records:
+        asked = record["question"]
+        rows.setdefault((asked["head_dim"], asked["causal"]), {})[asked["seqlen_k"]] = record
+    body = [
+        [str(head_dim), "causal" if causal else "full", *(_against_fa3(row.get(s)) for s in seqlens)]
+        for (head_dim, causal), row in sorted(rows.items())
+    ]
+    means = document["summary"]["grid"]
+    found = ["TFLOPS of the forward pass in FP8, tensors quantized beforehand; more is better."]
+    found += [
+        f"Geometric mean of {name} {FP8_INPUTS[name]} / fa3\\*: {_mean(mean)}."
+        for name, mean in means["to_recorded"].items()
+        if mean["ratio"] is not None
+    ]
+    mean = means["to_bf16"].get(OURS)
+    if mean and mean["ratio"] is not None:
+        found.append(f"FP8 / our bf16 of the same run: {_mean(mean)}.")
+    if means["card"]["ratio"] is not None:
+        found.append(
+            f"cuDNN's bf16 in this run / recorded, which says how the cards compare: {_mean(means['card'])}."
+        )
+    if any(record["recorded"] for record in records):
+        found.append(STAR)
+    return [*markdown(["head_dim", "mask", *map(_thousands, seqlens)], body), "", " ".join(found)]
+
+
+def _against_fa3(record: dict | None) -> str:
+    """976 / 977 fa3* = 1.00."""
+    if record is None:
+        return ""
+    ours, ratio = record["results"].get(OURS), record["to_recorded"].get(OURS)
+    if ratio is None:
+        return _cell(ours)
+    return f"**{_number(ours['tflops'])}** / {_number(record['recorded']['fa3'])} fa3\\* = {ratio:.2f}"
+
+
+def fp8_quantize(document: dict, records: list[dict]) -> list[str]:
+    """A row per shape and recipe: bandwidth."""
+    body = []
+    for record in records:
+        result = record["results"][OURS]
+        row = [record["id"], record["recipe"], _fp8_cell(result, "gb_per_s", _number)]
+        body.append([*row, _fp8_cell(result, "of_copy", lambda value: f"{100 * value:.0f}")])
+    lines = markdown(["case", "recipe", "GB/s", "% of copy"], body)
+    copy = _number(document["copy_gb_per_s"])
+    return [
+        *lines,
+        "",
+        f"Each byte counts once, read or written; a copy reaches {copy} GB/s in the same run.",
+    ]
+
+
+def fp8_recipes(document: dict, records: list[dict]) -> list[str]:
+    """A row per recipe: error as in FlashAttention-3's paper, and speed."""
+    body = []
+    for record in records:
+        found = record["results"]
+        paper = "" if record["paper"] is None else _error(record["paper"])
+        row = [record["row"], record["recipe"], _fp8_cell(found["error"], "rmse", _error), paper]
+        speeds = (found.get(what) for what in ("speed", "speed_total"))
+        body.append([*row, *("" if speed is None else _cell(speed) for speed in speeds)])
+    asked = records[0]["question"]
+    lines = markdown(["", "recipe", "RMSE", "paper", "TFLOPS", "quantization included"], body)
+    shape = f"batch {asked['batch']}, {asked['heads']} heads of {asked['head_dim']}, {asked['seqlen_k']} keys"
+    return [*lines, "", f"Inputs N(0, 1) + N(0, 100) Bernoulli(0.001), error against float64; {shape}, full."]
+
+
+def fp8_lengths(document: dict, records: list[dict]) -> list[str]:
+    """A row per way of answering, a column per number of keys: relative error."""
+    names = dict.fromkeys(name for record in records for name in record["results"])
+    body = [
+        [name, *(_fp8_cell(record["results"].get(name), "relative", _error) for record in records)]
+        for name in names
+    ]
+    lines = markdown(["keys", *(_thousands(record["keys"]) for record in records)], body)
+    return [*lines, "", "RMSE over the RMS of the output, standard normal inputs."]
+
+
+def fp8_needle(document: dict, records: list[dict]) -> list[str]:
+    """A row per way of answering, a column per place of the needle: how much comes through."""
+
+    def share(value: float) -> str:
+        return f"{value:.4f}"
+
+    names = dict.fromkeys(name for record in records for name in record["results"])
+    body = [
+        [name, *(_fp8_cell(record["results"].get(name), "through", share) for record in records)]
+        for name in names
+    ]
+    lines = markdown(["needle at key", *(str(record["place"]) for record in records)], body)
+    keys = _thousands(records[0]["keys"])
+    return [
+        *lines,
+        "",
+        f"How much of the answer comes through, of one key among {keys} that matches; 1 is all.",
+    ]
+
+
+def _fp8_cell(result: dict | None, key: str, form) -> str:
+    if result is None or "reason" in result:
+        return "-"
+    return "wrong result" if "wrong" in result else form(result[key])
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}"
+
+
+# what each of ours in `bench fp8` starts from
+FP8_INPUTS = {
+    OURS: "(quantized beforehand)",
+    "tandem-fa3": "(plain e4m3, a factor per head, V transposed in the call)",
+    "tandem-total": "(from bf16, quantization included)",
+}
+FP8 = {
+    "grid": fp8_grid,
+    "quantize": fp8_quantize,
+    "recipes": fp8_recipes,
+    "lengths": fp8_lengths,
+    "needle": fp8_needle,
+}
 
 
 def source(path: pathlib.Path, document: dict) -> str:

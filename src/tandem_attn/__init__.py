@@ -18,9 +18,19 @@ if TYPE_CHECKING:
         get_scheduler_metadata,
         merge_attention_states,
     )
+    from tandem_attn.api_fp8 import (
+        Fp8Recipe,
+        Fp8Tensors,
+        flash_attn_fp8_func,
+        flash_attn_fp8_varlen_func,
+        flash_attn_quantized_func,
+        quantize_qkv,
+    )
     from tandem_attn.cache import PagedKVCache, PoolExhausted
 
 __all__ = [
+    "Fp8Recipe",
+    "Fp8Tensors",
     "PagedKVCache",
     "PoolExhausted",
     "__version__",
@@ -28,20 +38,24 @@ __all__ = [
     "explain",
     "explain_with_kvcache",
     "flash_attn_combine",
+    "flash_attn_fp8_func",
+    "flash_attn_fp8_varlen_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_quantized_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "merge_attention_states",
+    "quantize_qkv",
 ]
 
 
 def __getattr__(name: str):
     if name in __all__:
-        from tandem_attn import api, api_decode, cache
+        from tandem_attn import api, api_decode, api_fp8, cache
 
-        home = next(module for module in (api, api_decode, cache) if hasattr(module, name))
+        home = next(module for module in (api, api_decode, api_fp8, cache) if hasattr(module, name))
         globals()[name] = found = getattr(home, name)
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,15 +6,15 @@ import inspect
 
 import torch
 
-from tandem_attn import dispatch, ops
-from tandem_attn.spec import NO_WINDOW, Lengths, Options, attention_spec, window_sides
+from tandem_attn import dispatch, ops, ops_fp8
+from tandem_attn.spec import E4M3, NO_WINDOW, Lengths, Options, attention_spec, window_sides
 
 # In FlashAttention-3's signatures, not written yet; using one raises NotImplementedError with this reason.
 _NOT_YET = {
     "qv": "a second query for absorbed multi-head latent attention",
-    "q_descale": "FP8 inputs",
-    "k_descale": "FP8 inputs",
-    "v_descale": "FP8 inputs",
+    "q_descale": "an FP8 cache",
+    "k_descale": "an FP8 cache",
+    "v_descale": "an FP8 cache",
     "attention_chunk": "attention in chunks of keys",
     "num_splits": "splitting the keys of a query among programs",
     "pack_gqa": "query heads packed into rows",
@@ -44,8 +44,9 @@ def flash_attn_func(
     """Exact attention softmax(q k^T * softmax_scale) v of equally long sequences (arXiv 2407.08608, sec. 2).
 
     q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, kv_heads, head_dim), v (batch, seqlen_k,
-    kv_heads, head_dim_v): one dtype (float16, bfloat16, float32, float64), one device, any strides. `heads`
-    is a multiple of `kv_heads`; consecutive query heads share a KV head (GQA, MQA).
+    kv_heads, head_dim_v): one dtype (float16, bfloat16, float32, float64, or float8_e4m3fn for FP8), one
+    device, any strides. `heads` is a multiple of `kv_heads`; consecutive query heads share a KV head (GQA,
+    MQA).
 
     softmax_scale      multiplies the scores; None is 1 / sqrt(head_dim)
     causal             query i sees key j if j <= i + seqlen_k - seqlen_q: both sequences end together
@@ -59,22 +60,25 @@ def flash_attn_func(
                        may add up dq in any order. The forward, dk and dv are repeatable in any case
     sm_margin          multiprocessors that a Hopper kernel leaves idle for other work
     return_attn_probs  also return lse (the name is FlashAttention's; no probabilities are returned)
-    qv, q_descale, k_descale, v_descale, attention_chunk   not written yet: NotImplementedError
+    q_descale, k_descale, v_descale   FP8 only: float32 (batch, kv_heads), by which e4m3 numbers are
+                       multiplied; None is 1. q's is shared by the query heads of a KV head
+    qv, attention_chunk   not written yet: NotImplementedError
 
-    Returns out (batch, seqlen_q, heads, head_dim_v) in q's dtype, and on request lse (batch, heads,
-    seqlen_q): natural log-sum-exp of each row's scaled scores, float32 (float64 for float64 inputs). A row
-    that sees no key has out 0 and lse -inf. Both are differentiable, once.
+    Returns out (batch, seqlen_q, heads, head_dim_v) in q's dtype (bfloat16 for FP8), and on request lse
+    (batch, heads, seqlen_q): natural log-sum-exp of each row's scaled scores, float32 (float64 for float64
+    inputs). A row that sees no key has out 0 and lse -inf. Both are differentiable, once; not in FP8, where
+    `flash_attn_fp8_func` starts from 16 bits, is more accurate, and has gradients.
 
     Raises TypeError, ValueError or NotImplementedError, naming the argument, what it was and what is
     supported.
     """
-    if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
-        refuse_not_yet(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    if qv is not None:
+        refuse_not_yet(qv=qv)
     if attention_chunk != 0 or num_splits not in (0, 1) or pack_gqa:
         refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
     left, right = window_sides(causal, window_size)
     options = (softmax_scale, left, right, softcap, sm_margin, deterministic)
-    out, lse = ops.attention(q, k, v, None, options)
+    out, lse = _attention(q, k, v, (q_descale, k_descale, v_descale), None, options)
     return (out, lse) if return_attn_probs else out
 
 
@@ -120,14 +124,14 @@ def flash_attn_varlen_func(
     device, so it is done only if TANDEM_VALIDATE=1; wrong lengths are undefined behaviour otherwise. The
     reference and CPU backends go through the sequences on the host.
     """
-    if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
-        refuse_not_yet(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    if qv is not None:
+        refuse_not_yet(qv=qv)
     if attention_chunk != 0 or num_splits not in (0, 1) or pack_gqa:
         refuse_not_yet(attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa)
     left, right = window_sides(causal, window_size)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     options = (softmax_scale, left, right, softcap, sm_margin, deterministic)
-    out, lse = ops.attention(q, k, v, lengths, options)
+    out, lse = _attention(q, k, v, (q_descale, k_descale, v_descale), lengths, options)
     return (out, lse) if return_attn_probs else out
 
 
@@ -182,13 +186,44 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) 
     bound = inspect.signature(function).bind(q, k, v, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    refuse_not_yet(**{name: given[name] for name in _NOT_YET})
+    refuse_not_yet(**{name: given[name] for name in _NOT_YET if "descale" not in name})
     left, right = window_sides(given["causal"], given["window_size"])
     numbers = (given[name] for name in ("softcap", "sm_margin", "deterministic"))
     options = Options(given["softmax_scale"], left, right, *numbers)
     lengths = Lengths(*(given[name] for name in Lengths._fields)) if varlen else None
+    descales = tuple(given[name] for name in ("q_descale", "k_descale", "v_descale"))
+    if _is_fp8(q, k, v):
+        return dispatch.explanation(ops_fp8.spec_e4m3(q, k, v, descales, lengths, options))
+    _refuse_descales(q, descales)
     q, k, v = ops.cast_for_autocast(q, k, v)
     return dispatch.explanation(attention_spec(q, k, v, lengths, options))
+
+
+def _is_fp8(q, k, v) -> bool:
+    """Whether one of the tensors is e4m3: then all have to be."""
+    try:
+        return q.dtype is E4M3 or k.dtype is E4M3 or v.dtype is E4M3
+    except AttributeError:
+        return False  # not a tensor: validation will say so
+
+
+_NO_DESCALES = (None, None, None)
+
+
+def _attention(q, k, v, descales: tuple, lengths: Lengths | None, options: tuple):
+    """(out, lse) in the precision of the tensors."""
+    if _is_fp8(q, k, v):
+        return ops_fp8.attention_e4m3(q, k, v, descales, lengths, options)
+    _refuse_descales(q, descales)
+    return ops.attention(q, k, v, lengths, options)
+
+
+def _refuse_descales(q, descales: tuple) -> None:
+    """Raise for a descale of tensors wide enough to need none; what else q may be, validation will say."""
+    if descales == _NO_DESCALES or not isinstance(q, torch.Tensor) or q.dtype.itemsize == 1:
+        return
+    name = next(n for n, x in zip(("q", "k", "v"), descales, strict=True) if x is not None)
+    raise ValueError(f"{name}_descale is given for q of dtype {q.dtype}; supported: None, or e4m3 tensors")
 
 
 def refuse_not_yet(**arguments) -> None:

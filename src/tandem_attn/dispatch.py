@@ -3,26 +3,47 @@
 A backend is a module with NAME, reasons(spec), describe(spec), forward(spec) and backward(spec): see
 `reference.py` for the smallest. `backward` may be None or return None, and gradients then come from the
 reference. Over a KV cache it has decode_reasons, decode_describe and decode(spec), and append_reasons,
-append_describe and append(spec): see `reference_decode.py`.
+append_describe and append(spec): see `reference_decode.py`. FP8 is three more questions, each with such
+functions in modules of its own: `quantize` and `transpose` make FP8 tensors, `fp8` attends over them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import os
+from typing import NamedTuple
 
 import torch
 
-from tandem_attn import reference, reference_decode, torch_fused
+from tandem_attn import reference, reference_decode, reference_fp8, reference_quant, torch_fused
 from tandem_attn.spec import AttentionSpec
 from tandem_attn.spec_decode import AppendSpec, DecodeSpec
+from tandem_attn.spec_fp8 import Fp8Spec
+from tandem_attn.spec_quant import QuantizeSpec, TransposeSpec, empty_tensors
 
 CHOICES = ("gluon", "torch", "reference")  # in order of preference
-# what a backend's functions about a kind of question begin with
-_PREFIX = {AttentionSpec: "", DecodeSpec: "decode_", AppendSpec: "append_"}
+Spec = AttentionSpec | DecodeSpec | AppendSpec | QuantizeSpec | TransposeSpec | Fp8Spec
 
-Spec = AttentionSpec | DecodeSpec | AppendSpec
+
+class _Kind(NamedTuple):
+    """Where the answers to a kind of question are."""
+
+    prefix: str  # what a backend's functions about it begin with
+    kernels: str  # module in tandem_attn.kernels
+    reference: object
+    torch: object = None
+
+
+_KINDS = {
+    AttentionSpec: _Kind("", "launch", reference, torch_fused),
+    DecodeSpec: _Kind("decode_", "launch_decode", reference_decode),
+    AppendSpec: _Kind("append_", "launch_decode", reference_decode),
+    QuantizeSpec: _Kind("quantize_", "launch_quantize", reference_quant),
+    TransposeSpec: _Kind("transpose_", "launch_quantize", reference_quant),
+    Fp8Spec: _Kind("fp8_", "launch_fp8", reference_fp8),
+}
 
 
 class _Nothing:
@@ -53,6 +74,34 @@ class _Nothing:
     def backward(spec: AttentionSpec):
         def plan(dout, dlse, q, k, v, *_):
             return tuple(x.new_zeros(x.shape) for x in (q, k, v))
+
+        return plan
+
+    fp8_describe = describe
+
+    @staticmethod
+    def quantize_describe(spec: QuantizeSpec) -> str:
+        return "no row: nothing to quantize"
+
+    @staticmethod
+    def transpose_describe(spec: TransposeSpec) -> str:
+        return "no sequence or no head: nothing to lay out"
+
+    @staticmethod
+    def quantize(spec: QuantizeSpec):
+        return lambda *_: empty_tensors(spec)
+
+    @staticmethod
+    def transpose(spec: TransposeSpec):
+        return lambda v, *_: v.new_zeros(spec.v_t_shape)
+
+    @staticmethod
+    def fp8(spec: Fp8Spec):
+        answer = spec.attention
+
+        def plan(q, *_, **__):
+            out = q.new_zeros(answer.out_shape, dtype=answer.dtype)
+            return out, q.new_full(answer.lse_shape, -math.inf, dtype=answer.lse_dtype)
 
         return plan
 
@@ -114,13 +163,12 @@ def backend_for(spec: Spec, requested: str | None = None):
 
 def candidate(name: str, spec: Spec) -> tuple[object, list[str]]:
     """A backend (None where it cannot even be imported) and its reasons against this question."""
-    dense = isinstance(spec, AttentionSpec)
+    kind = _KINDS[type(spec)]
+    said = ["torch's fused kernels know no KV cache and no FP8"]
     if name == "gluon":
         backend, said = _gluon(spec)
-    elif name == "torch":
-        backend, said = torch_fused if dense else None, ["torch's fused kernels know no KV cache"]
     else:
-        backend = reference if dense else reference_decode
+        backend = kind.torch if name == "torch" else kind.reference
     return backend, said if backend is None else _about(backend, spec, "reasons")(spec)
 
 
@@ -133,7 +181,7 @@ def explanation(spec: Spec, requested: str | None = None, append: Explanation | 
 
 def _about(backend, spec: Spec, what: str):
     """The backend's function `what` for questions of this kind."""
-    return getattr(backend, _PREFIX[type(spec)] + what)
+    return getattr(backend, _KINDS[type(spec)].prefix + what)
 
 
 def _gluon(spec: Spec):
@@ -141,10 +189,7 @@ def _gluon(spec: Spec):
     if spec.device.type != "cuda":
         return None, [f"tensors are on {spec.device}; the kernels need an NVIDIA Hopper GPU"]
     try:
-        if isinstance(spec, AttentionSpec):
-            from tandem_attn.kernels import launch
-        else:
-            from tandem_attn.kernels import launch_decode as launch
+        launch = importlib.import_module(f"tandem_attn.kernels.{_KINDS[type(spec)].kernels}")
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "triton":
             said = f"triton cannot be imported ({error}); it comes with CUDA builds of torch"

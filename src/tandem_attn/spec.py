@@ -16,6 +16,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+E4M3 = torch.float8_e4m3fn  # FP8 tensors are another question: see spec_fp8.py
 UNLIMITED = -1
 NO_WINDOW = (UNLIMITED, UNLIMITED)
 _LARGEST = sys.float_info.max
@@ -256,7 +257,7 @@ def check_options(options: Options) -> Options:
     return Options(scale, left, right, softcap, sm_margin, deterministic)
 
 
-def check_tensors(q, k, v, lengths: Lengths | None) -> None:
+def check_tensors(q, k, v, lengths: Lengths | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """Raise unless shapes, types and devices fit together. Looks at no numbers: fakes are welcome."""
     form, rank = "(batch, seqlen, heads, head_dim)", 4
     if lengths is not None:
@@ -266,7 +267,7 @@ def check_tensors(q, k, v, lengths: Lengths | None) -> None:
             refuse(ValueError, name, f"a tensor with layout {x.layout}", "torch.strided")
         if x.dim() != rank:
             refuse(ValueError, name, f"a tensor of shape {tuple(x.shape)}", f"{rank} dimensions {form}")
-        check_dtype(name, x.dtype, q.dtype)
+        check_dtype(name, x.dtype, q.dtype, dtypes)
         if x.device != q.device:
             refuse(ValueError, name, f"on {x.device}", f"the device of q, {q.device}")
     if lengths is None and k.shape[0] != q.shape[0]:
@@ -276,15 +277,16 @@ def check_tensors(q, k, v, lengths: Lengths | None) -> None:
         _check_lengths(q, lengths)
 
 
-def check_dtype(name: str, dtype: torch.dtype, expected: torch.dtype) -> None:
+def check_dtype(name: str, dtype: torch.dtype, expected: torch.dtype, dtypes=DTYPES) -> None:
     """Raise unless a tensor of this dtype may be, and go with q of dtype `expected`."""
-    if dtype in DTYPES:
+    if dtype in dtypes:
         if dtype != expected:
             refuse(TypeError, name, f"of dtype {dtype}", f"the dtype of q, {expected}")
     elif dtype.is_floating_point and dtype.itemsize == 1:
-        refuse(NotImplementedError, name, f"of dtype {dtype}", "16 bits and wider; FP8 is not written yet")
+        supported = f"here {', '.join(map(str, dtypes))}; in FP8 {E4M3} for q, k and v, not over a cache yet"
+        refuse(NotImplementedError, name, f"of dtype {dtype}", supported)
     else:
-        refuse(TypeError, name, f"of dtype {dtype}", ", ".join(map(str, DTYPES)))
+        refuse(TypeError, name, f"of dtype {dtype}", ", ".join(map(str, dtypes)))
 
 
 def check_heads(q, k, v, names: tuple[str, str] = ("k", "v")) -> None:
@@ -362,6 +364,14 @@ def check_starts(side: str, cu_seqlens, seqused, max_seqlen: int, total: int) ->
     if longest > max_seqlen:
         refuse(ValueError, f"max_seqlen_{side}", max_seqlen, f"at least {longest}, the longest sequence")
     return lengths
+
+
+def starts_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether all base addresses are multiples of 16 bytes; so they will be of fakes, which have none."""
+    try:
+        return all(x.data_ptr() % 16 == 0 for x in tensors)
+    except RuntimeError:
+        return True
 
 
 def check_int(name: str, x, least: int) -> None:

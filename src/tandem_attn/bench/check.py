@@ -30,6 +30,11 @@ class Sample:
     exact: tuple[torch.Tensor, torch.Tensor]
     low: tuple[torch.Tensor, torch.Tensor]
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"sequence {self.sequence}, head {self.head}, rows {self.rows.start} on"
+
 
 def require_asserts() -> None:
     """`assert_within_budget` is made of assert statements."""
@@ -76,7 +81,7 @@ class Oracle:
 
     def _sample(self, sequence: int, head: int, rows: range) -> Sample:
         case, inputs = self.case, self.inputs
-        q, k, v = _one(inputs, sequence, head, head // (case.heads // case.kv_heads))
+        q, k, v = one_head(inputs, sequence, head, head // (case.heads // case.kv_heads))
         i = torch.arange(rows.start, rows.stop, device=q.device)
         exact = attend_rows(i, q.double(), k.double(), v.double(), case, inputs.scale)
         return Sample(sequence, head, rows, exact, attend_rows(i, q, k, v, case, inputs.scale))
@@ -90,23 +95,27 @@ class Oracle:
             expected = (form[1], form[0]) if self.case.varlen else (form[0], form[2], form[1])
             assert tuple(lse.shape) == expected, f"lse is of shape {tuple(lse.shape)}, not {expected}"
 
-    def _check_sample(self, sample: Sample, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    def found(
+        self, sample: Sample, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a result says of a sample: (rows, head_dim_v) of out, (rows) of lse."""
         start = self.inputs.slices[sample.sequence][0].start if self.case.varlen else 0
         rows = slice(start + sample.rows.start, start + sample.rows.stop)
         if not self.case.varlen:
             out, lse = out[sample.sequence], None if lse is None else lse[sample.sequence]
-        name = f"sequence {sample.sequence}, head {sample.head}, rows {sample.rows.start} on"
+        return out[rows, sample.head], None if lse is None else lse[sample.head, rows]
+
+    def _check_sample(self, sample: Sample, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         (exact_out, exact_lse), (low_out, low_lse) = sample.exact, sample.low
         bands = (None, None)
         if self.case.dtype.itemsize == 2:
             # The usual band does not shrink with the values: in means over thousands of keys, all near 0,
             # wrong values would hide in it. This one is two roundings of the largest.
             bands = (torch.finfo(self.case.dtype).eps * float(exact_out.abs().max()), LSE_BAND)
-        found = out[rows, sample.head]
-        assert_within_budget(found, exact_out, low_out, f"out of {name}", band=bands[0])
+        out, lse = self.found(sample, out, lse)
+        assert_within_budget(out, exact_out, low_out, f"out of {sample.name}", band=bands[0])
         if lse is not None:
-            found = lse[sample.head, rows]
-            assert_within_budget(found, exact_lse, low_lse, f"lse of {name}", band=bands[1])
+            assert_within_budget(lse, exact_lse, low_lse, f"lse of {sample.name}", band=bands[1])
 
 
 def _sequences(case: Case) -> list[int]:
@@ -121,7 +130,8 @@ def _blocks(rows: int) -> list[range]:
     return [range(start, min(start + ROWS, rows)) for start in sorted(starts)]
 
 
-def _one(inputs: Inputs, sequence: int, head: int, kv_head: int) -> tuple[torch.Tensor, ...]:
+def one_head(inputs: Inputs, sequence: int, head: int, kv_head: int) -> tuple[torch.Tensor, ...]:
+    """(q, k, v), each (rows, dim), of one head of one sequence."""
     if inputs.slices:
         rows, keys = inputs.slices[sequence]
         return inputs.q[rows, head], inputs.k[keys, kv_head], inputs.v[keys, kv_head]

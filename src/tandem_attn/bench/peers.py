@@ -28,6 +28,11 @@ def recorded_backward() -> dict[str, dict[str, float]]:
     return _file()["bwd_bf16"]
 
 
+def recorded_fp8() -> dict[str, dict[str, float]]:
+    """TFLOPS of the forward of e4m3 inputs by cell of the grid and peer."""
+    return _file()["fwd_fp8"]
+
+
 def recorded_gpu() -> str:
     """The card of the recorded numbers."""
     return _file()["recorded"]["gpu"]
@@ -39,6 +44,11 @@ def recorded_where() -> str:
     return f"recorded on {recorded['date']}: {recorded['where']}"
 
 
+def same_card(stamp: dict) -> bool:
+    """Whether a run's environment has a card of the kind that the recorded numbers are of."""
+    return recorded_gpu() in ((stamp["gpu"] or {}).get("name") or "")
+
+
 def compare(record: dict, one: BenchCase, stamp: dict, table: dict | None = None) -> dict:
     """The record of a case with its recorded peers and our ratios to the best: above 1, we are faster.
 
@@ -47,13 +57,12 @@ def compare(record: dict, one: BenchCase, stamp: dict, table: dict | None = None
     """
     table = recorded_forward() if table is None else table
     recorded = table.get(one.recorded_key or "", {})
-    same_card = recorded_gpu() in ((stamp["gpu"] or {}).get("name") or "")
     live = {
         name: result["tflops"]
         for name, result in record["results"].items()
         if name not in (OURS, OURS_DETERMINISTIC) and "tflops" in result
     }
-    counted = {f"{name} (recorded)": tflops for name, tflops in recorded.items()} if same_card else {}
+    counted = {f"{name} (recorded)": tflops for name, tflops in recorded.items()} if same_card(stamp) else {}
     ours, deterministic = (
         record["results"].get(name, {}).get("tflops") for name in (OURS, OURS_DETERMINISTIC)
     )

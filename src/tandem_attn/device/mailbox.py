@@ -6,7 +6,7 @@ read before the consumer arrives on `empty`, so the two barriers of Q order the 
 
 from tandem_attn.device.gluon import aggregate, gl, gluon
 
-MAIL_FIELDS = gl.constexpr(8)  # 0: m_start, negative at the end; 1: head; 2 to 5: the sequence
+MAIL_FIELDS = gl.constexpr(8)  # 0: m_start, negative at the end; 1: head; 2 to 6: the sequence
 END_OF_TILES = gl.constexpr(-1)
 
 

@@ -18,6 +18,18 @@ PADDING = gl.constexpr(128)  # rows
 
 
 @aggregate
+class TransposedKeys:
+    """Where the keys of one sequence are in V transposed: (batch, head, column, key)."""
+
+    batch: gl.tensor
+    start: gl.tensor
+
+    @gluon.jit
+    def coords(self, kind: gl.constexpr, head, row, col: gl.constexpr):
+        return [self.batch, head, col, self.start + row]
+
+
+@aggregate
 class DenseSequence:
     """One sequence of a batch of equal ones."""
 
@@ -55,11 +67,26 @@ class DenseSequence:
         padded_rows rows per head in all."""
         return (b * num_heads + head) * padded_rows
 
+    @gluon.jit
+    def first_block(self, kind: gl.constexpr):
+        """First of this sequence's blocks of PADDING rows, in its element of the batch or among all."""
+        return 0
+
+    @gluon.jit
+    def descale_batch(self, block_step):
+        """Number of this sequence among those whose factors lie one after the other."""
+        return self.batch
+
+    @gluon.jit
+    def transposed_keys(self):
+        return TransposedKeys(self.batch, self.batch * 0)
+
 
 @aggregate
 class PackedSequence:
-    """One sequence among packed ones: its first row and its length, on either side."""
+    """One sequence among packed ones: its number, its first row and its length, on either side."""
 
+    batch: gl.tensor
     start_q: gl.tensor
     seqlen_q: gl.tensor
     start_k: gl.tensor
@@ -67,7 +94,7 @@ class PackedSequence:
 
     @gluon.jit
     def swapped(self):
-        return PackedSequence(self.start_k, self.seqlen_k, self.start_q, self.seqlen_q)
+        return PackedSequence(self.batch, self.start_k, self.seqlen_k, self.start_q, self.seqlen_q)
 
     @gluon.jit
     def coords(self, kind: gl.constexpr, head, row, col: gl.constexpr):
@@ -91,6 +118,19 @@ class PackedSequence:
     @gluon.jit
     def padded_row(self, b, head, num_heads, padded_rows):
         return head * padded_rows + (self.start_q + b * PADDING) // PADDING * PADDING
+
+    @gluon.jit
+    def first_block(self, kind: gl.constexpr):
+        start = self.start_q if kind == "q" else self.start_k
+        return (start + self.batch * PADDING) // PADDING
+
+    @gluon.jit
+    def descale_batch(self, block_step):
+        return self.batch * (1 - block_step)
+
+    @gluon.jit
+    def transposed_keys(self):
+        return TransposedKeys(self.batch * 0, self.first_block("k") * PADDING)
 
 
 @policy(packed=False)
@@ -163,15 +203,16 @@ class Varlen:
             length_q = gl.minimum(length_q, gl.load(self.seqused_q + b))
         if self.has_seqused_k:
             length_k = gl.minimum(length_k, gl.load(self.seqused_k + b))
-        return PackedSequence(start_q, gl.maximum(length_q, 0), start_k, gl.maximum(length_k, 0))
+        return PackedSequence(b, start_q, gl.maximum(length_q, 0), start_k, gl.maximum(length_k, 0))
 
     @gluon.jit
     def send(self, mailbox, slot, b):
         sequence = self.sequence(b)
-        mailbox.send(slot, 2, sequence.start_q)
-        mailbox.send(slot, 3, sequence.seqlen_q)
-        mailbox.send(slot, 4, sequence.start_k)
-        mailbox.send(slot, 5, sequence.seqlen_k)
+        mailbox.send(slot, 2, b)
+        mailbox.send(slot, 3, sequence.start_q)
+        mailbox.send(slot, 4, sequence.seqlen_q)
+        mailbox.send(slot, 5, sequence.start_k)
+        mailbox.send(slot, 6, sequence.seqlen_k)
 
     @gluon.jit
     def receive(self, mailbox, slot):
@@ -180,4 +221,5 @@ class Varlen:
             mailbox.receive(slot, 3),
             mailbox.receive(slot, 4),
             mailbox.receive(slot, 5),
+            mailbox.receive(slot, 6),
         )

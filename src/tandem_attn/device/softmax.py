@@ -7,8 +7,6 @@ Row sums are kept per thread, as [M, 4]: the four lanes that share a row meet on
 from tandem_attn.device.gluon import gl, gluon
 
 LN2 = gl.constexpr(0.6931471805599453)
-# With lazy rescaling, P may reach 2**LAZY_STEP before O is scaled down: exact in fp32, harmless in 16 bits.
-LAZY_STEP = gl.constexpr(8.0)
 
 
 @gluon.jit
@@ -20,26 +18,27 @@ def thread_sum(p):
 
 
 @gluon.jit
-def offset_and_rescale(old_max, new_max, scale_log2, may_be_empty: gl.constexpr):
-    """(offset, alpha): P is exp2(S * scale_log2 - offset), and what was summed up before is worth alpha.
+def rescale_factor(old_max, new_max, may_be_empty: gl.constexpr):
+    """(offset, alpha) from row maxima in base 2: P is exp2(score - offset), what was summed up is worth
+    alpha.
 
-    alpha has the difference first: exp2(old_max * scale_log2 - offset) is one fma less, but where the maximum
-    stays it is not 1 but off by the rounding of the offset, in every block once more. `may_be_empty`: whether
-    a row may have seen no key yet; its maximum is -inf, its alpha 0.
+    Where the maximum stays alpha is 1, to the bit. `may_be_empty`: whether a row may have seen no key yet;
+    its maximum is -inf, its alpha 0.
     """
+    offset = new_max
     if may_be_empty:
-        new_max = gl.where(new_max == float("-inf"), 0.0, new_max)
-    return new_max * scale_log2, gl.exp2((old_max - new_max) * scale_log2)
+        offset = gl.where(new_max == float("-inf"), 0.0, new_max)
+    return offset, gl.exp2(old_max - offset)
 
 
 @gluon.jit
-def log_sum_exp(row_max, row_sum, scale_log2):
-    """Natural log-sum-exp of scaled scores; -inf for a row that saw no key.
+def log_sum_exp(row_max, row_sum):
+    """Natural log-sum-exp from a maximum in base 2; -inf for a row that saw no key.
 
     The fma is spelled out: the kernel holds this code twice, and if the compiler chose one contraction here
     and another there, the last bit of a row would tell which copy it met.
     """
-    return gl.fma(row_max, scale_log2 * LN2, gl.log2(row_sum) * LN2)
+    return gl.fma(row_max, LN2, gl.log2(row_sum) * LN2)
 
 
 @gluon.jit

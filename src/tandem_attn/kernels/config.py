@@ -16,11 +16,13 @@ import torch
 
 from tandem_attn.device.gluon import COPIES_OPERANDS, gl
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
+from tandem_attn.device.precision import Descaled, Plain
 from tandem_attn.device.schedule import DenseTiles, PlainTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.spec import AttentionSpec
 
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GLUON_ELEMENTS = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}  # as Triton spells them
 NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
 TILE_WIDTHS = (64, 128, 256)  # of kernels that know tiles of one piece; TMA fills the rest with zeros
 SHARED_MEMORY = 227 * 1024  # what a Hopper block may use, bytes
@@ -39,9 +41,9 @@ def column_chunks(head_dim: int) -> int:
     return 3 if head_dim % 3 == 0 else 1
 
 
-def accumulator(width: int, num_warps: int = 4):
+def accumulator(width: int, num_warps: int = 4, element_bytes: int = 2):
     """Layout of what wgmma adds up in registers: tiles of this many columns."""
-    return gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, width, 16])
+    return gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, width, 32 // element_bytes])
 
 
 class Static:
@@ -70,11 +72,11 @@ class KernelConfig:
     @property
     def dtype(self):
         """Of tiles, where a config names their `element`."""
-        return gl.bfloat16 if self.element == "bf16" else gl.float16
+        return GLUON_ELEMENTS[self.element]
 
-    def shared_layout(self, rows: int, cols: int):
+    def shared_layout(self, rows: int, cols: int, dtype=None):
         """Of a tile in shared memory, as TMA and wgmma want it."""
-        return gl.NVMMASharedLayout.get_default_for([rows, cols], self.dtype)
+        return gl.NVMMASharedLayout.get_default_for([rows, cols], dtype or self.dtype)
 
     @property
     def static(self) -> Static:
@@ -100,7 +102,7 @@ def _digest_of_sources(cls: type) -> str:
 class ChunkedConfig(KernelConfig):
     """Of kernels of prefill and training, whose tiles may consist of several pieces side by side."""
 
-    element: str  # "bf16" or "fp16"
+    element: str  # "bf16" or "fp16"; the forward knows "fp8e4nv" too, which is e4m3
     head_dim: int  # columns of a tile of Q or K: those of the question or more
     head_dim_v: int
     Mask: type
@@ -144,6 +146,11 @@ class ForwardConfig(ChunkedConfig):
     skip: bool = False  # a consumer hands back unread the key blocks that none of its rows may see
     in_step: bool = False  # dense, dynamic: most tiles are given away beforehand, neighbours keep step
     opens_in_loop: bool = False  # a tile's first block runs in the loop of its masked blocks: less code
+    out_element: str = ""  # of O, if not that of Q
+    serial: bool = False  # scores, softmax and P V of a block one after the other: see forward_serial.py
+    block_sums: bool = False  # wgmma adds up one block of P V at a time and fp32 the blocks; serial only
+    sum_by_wgmma: bool = False  # row sums are products of P with ones; serial only
+    promote: int = 0  # blocks of keys that wgmma adds up before fp32 does; 0: all
 
     def __post_init__(self) -> None:
         if self.head_dim not in NATIVE_HEAD_DIMS or self.head_dim_v not in NATIVE_HEAD_DIMS:
@@ -160,6 +167,18 @@ class ForwardConfig(ChunkedConfig):
             raise ValueError(f"skip: more than one block of {self.tile_n} keys could be skipped: {self}")
         if self.opens_in_loop and not self.Mask.masks.value:
             raise ValueError(f"opens_in_loop: {self.Mask.__name__} has no loop of masked blocks")
+        if self.block_sums and not self.serial:
+            raise ValueError(f"block_sums: only in the serial schedule: {self}")
+        if self.serial and self.promote:
+            raise ValueError(f"promote={self.promote}: serial adds up every block by itself: {self}")
+        if self.serial and (self.rescale_first or self.skip or self.in_step or self.opens_in_loop):
+            raise ValueError(f"serial: another loop than these flags are about: {self}")
+        if self.sum_by_wgmma and not (self.serial and self.fp8):
+            raise ValueError(f"sum_by_wgmma: only for e4m3 in the serial schedule: {self}")
+        if self.fp8 and self.opens_in_loop:
+            raise ValueError(f"opens_in_loop: would look for the unit of a block before the first: {self}")
+        if self.fp8 and self.tile_n % 128:
+            raise ValueError(f"tile_n={self.tile_n}: e4m3 has a factor per 128 keys")
         if self.named_release and self.num_stages != 2:
             raise ValueError(f"named_release with {self.num_stages} stages: hardware barriers are for 2")
         if self.shared_memory > SHARED_MEMORY:
@@ -175,6 +194,39 @@ class ForwardConfig(ChunkedConfig):
         return self.tile_m * self.num_consumers
 
     @property
+    def fp8(self) -> bool:
+        return self.element == "fp8e4nv"
+
+    @property
+    def element_bytes(self) -> int:
+        return 1 if self.fp8 else 2
+
+    @property
+    def out_dtype(self):
+        return GLUON_ELEMENTS[self.out_element or self.element]
+
+    @property
+    def Precision(self) -> type:
+        return Descaled if self.fp8 else Plain
+
+    @property
+    def v_transposed(self) -> bool:
+        """wgmma reads 8-bit operands along the summed dimension only: V's tiles are columns of keys."""
+        return self.fp8
+
+    @property
+    def lazy_step(self) -> float:
+        """Growth of a maximum, in base 2, that is put up with before O is scaled down: P may reach 2 to the
+        power of it, exact in fp32, harmless in 16 bits."""
+        return 2.0 if self.fp8 else 8.0
+
+    @property
+    def p_shift(self) -> float:
+        """log2 of what P is multiplied by. e4m3 ends at 448: P at its largest becomes 256, so that what is
+        lost below 2**-9 is as little as can be."""
+        return 8.0 - self.lazy_step * self.lazy_rescale if self.fp8 else 0.0
+
+    @property
     def q_layout(self):
         return self.shared_layout(self.tile_m, self.qk_width)
 
@@ -188,15 +240,23 @@ class ForwardConfig(ChunkedConfig):
 
     @property
     def o_layout(self):
-        return self.shared_layout(self.tile_m, self.o_width)
+        return self.shared_layout(self.tile_m, self.o_width, self.out_dtype)
 
     @property
     def s_accumulator(self):
-        return accumulator(self.tile_n)
+        return accumulator(self.tile_n, element_bytes=self.element_bytes)
+
+    @property
+    def sum_accumulator(self):
+        return accumulator(8, element_bytes=self.element_bytes)
+
+    @property
+    def ones_layout(self):
+        return gl.NVMMASharedLayout.get_default_for([8, self.tile_n], self.dtype)
 
     @property
     def o_accumulator(self):
-        return accumulator(self.v_width)
+        return accumulator(self.v_width, element_bytes=self.element_bytes)
 
     @cached_property
     def shared_memory(self) -> int:
@@ -204,7 +264,7 @@ class ForwardConfig(ChunkedConfig):
         q = self.q_stages * self.tile_rows * self.head_dim
         kv = self.num_stages * self.tile_n * (self.head_dim + self.head_dim_v)
         o = self.num_consumers * self.o_buffers * self.tile_m * self.o_width
-        return 2 * (q + kv + o)
+        return self.element_bytes * (q + kv) + 2 * o
 
     @property
     def k_before_q(self) -> bool:
@@ -288,14 +348,31 @@ _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
 }
 
 
-def _tuned(head_dim: int, head_dim_v: int, kinds: set[str]) -> tuple[tuple[int, int], dict]:
-    """The row for a head shape: its own, or that of the smallest tuned shape that holds it."""
-    shapes = [s for s in _TUNED if s[0] >= head_dim and s[1] >= head_dim_v]
+def tuned_row(table: dict, spec: AttentionSpec, mask: type) -> tuple[tuple[int, int], dict]:
+    """(head shape, choice) of the first row that fits: of this head shape or the smallest that holds it."""
+    kinds = {WindowMask: {"window"}, CausalMask: {"causal"}}.get(mask, set())
+    if max(spec.seqlen_q, spec.seqlen_k) <= SHORT:
+        kinds = kinds | {"short"}
+    elif min(spec.seqlen_q, spec.seqlen_k) >= LONG:
+        kinds = kinds | {"long"}
+    if spec.varlen:
+        kinds = kinds | {"packed"}
+    shapes = [s for s in table if s[0] >= spec.head_dim and s[1] >= spec.head_dim_v]
     shape = min(shapes, key=lambda s: (s[0] + s[1], s))
-    for needs, choice in _TUNED[shape]:
+    for needs, choice in table[shape]:
         if set(needs.split()) <= kinds:
             return shape, choice
     raise AssertionError(f"no row for {shape} {kinds}")
+
+
+def forward_policies(spec: AttentionSpec, mask: type) -> dict[str, type | bool]:
+    """The fields of a ForwardConfig that follow from the kind of question."""
+    return dict(
+        Mask=mask,
+        Sequences=Varlen if spec.varlen else Dense,
+        Schedule=VarlenTiles if spec.varlen else DenseTiles if mask is CausalMask else PlainTiles,
+        softcap=spec.softcap > 0.0,
+    )
 
 
 def _with_room_for_copies(choice: dict, mask: type, head_dim: int) -> dict:
@@ -328,25 +405,14 @@ def forward_config(spec: AttentionSpec, copies_operands: bool = COPIES_OPERANDS)
     `copies_operands`: of the Triton that compiles it, see device/gluon.py.
     """
     mask = mask_of(spec)
-    kinds = {WindowMask: {"window"}, CausalMask: {"causal"}}.get(mask, set())
-    if max(spec.seqlen_q, spec.seqlen_k) <= SHORT:
-        kinds = kinds | {"short"}
-    elif min(spec.seqlen_q, spec.seqlen_k) >= LONG:
-        kinds = kinds | {"long"}
-    if spec.varlen:
-        kinds = kinds | {"packed"}
-    (head_dim, head_dim_v), choice = _tuned(spec.head_dim, spec.head_dim_v, kinds)
+    (head_dim, head_dim_v), choice = tuned_row(_TUNED, spec, mask)
     mask = without_edges(mask, spec, choice.get("tile_n", 128))
     if copies_operands:
         choice = _with_room_for_copies(choice, mask, head_dim)
-    schedule = VarlenTiles if spec.varlen else DenseTiles if mask is CausalMask else PlainTiles
     return ForwardConfig(
         element="bf16" if spec.dtype == torch.bfloat16 else "fp16",
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        Mask=mask,
-        Sequences=Varlen if spec.varlen else Dense,
-        Schedule=schedule,
-        softcap=spec.softcap > 0.0,
+        **forward_policies(spec, mask),
         **choice,
     )

@@ -44,7 +44,7 @@ def reasons(spec: AttentionSpec) -> list[str]:
     said += head_dim_reasons(spec.head_dim, spec.head_dim_v)
     said += scale_reasons(spec.softmax_scale)
     said += _layout_reasons(spec)
-    if _num_tiles_bound(spec, 128) >= MAX_TILES or max(spec.total_q, spec.total_k) >= UNBOUNDED:
+    if num_tiles_bound(spec, 128) >= MAX_TILES or max(spec.total_q, spec.total_k) >= UNBOUNDED:
         said.append(
             f"{spec.total_q} query rows and {spec.total_k} keys: more tiles or rows than 32 bits count"
         )
@@ -87,7 +87,8 @@ def tiles_bound(spec: AttentionSpec, heads: int, seqlen: int, total: int, size: 
     return blocks * heads
 
 
-def _num_tiles_bound(spec: AttentionSpec, tile_rows: int) -> int:
+def num_tiles_bound(spec: AttentionSpec, tile_rows: int) -> int:
+    """At least the number of tiles of the forward."""
     return tiles_bound(spec, spec.num_heads, spec.seqlen_q, spec.total_q, tile_rows)
 
 
@@ -117,15 +118,22 @@ def forward_boxes(config: ForwardConfig) -> dict[str, tuple[list[int], object]]:
     return {
         "q_desc": tile_box(config, config.tile_m, config.qk_width),
         "k_desc": tile_box(config, config.tile_n, config.qk_width),
-        "v_desc": tile_box(config, config.tile_n, config.v_width),
-        "o_desc": tile_box(config, config.tile_m, config.o_width),
+        "v_desc": _v_box(config),
+        "o_desc": tile_box(config, config.tile_m, config.o_width, config.out_dtype),
     }
 
 
-def tile_box(config: KernelConfig, rows: int, cols: int) -> tuple[list[int], object]:
+def _v_box(config: ForwardConfig) -> tuple[list[int], object]:
+    if not config.v_transposed:
+        return tile_box(config, config.tile_n, config.v_width)
+    shape = [1, 1, config.v_width, config.tile_n]
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, config.dtype)
+
+
+def tile_box(config: KernelConfig, rows: int, cols: int, dtype=None) -> tuple[list[int], object]:
     """TMA box and shared-memory layout of a tile of a head of one of config.Sequences."""
     shape = [*([1, 1, 1] if config.Sequences.packed.value else [1, 1]), rows, cols]
-    return shape, gl.NVMMASharedLayout.get_default_for(shape, config.dtype)
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, dtype or config.dtype)
 
 
 def descriptor_geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -135,7 +143,7 @@ def descriptor_geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> tupl
     dimensions, two of which shift the end of the rows. A dimension of size 1 is never stepped over, so its
     stride may become any.
     """
-    stride = tuple(s if n > 1 else 8 for n, s in zip(shape[:-1], stride[:-1], strict=True)) + (1,)
+    stride = tuple(s if n > 1 else 16 for n, s in zip(shape[:-1], stride[:-1], strict=True)) + (1,)
     if len(shape) == 4:
         batch, rows, heads, dim = shape
         return [batch, heads, rows, dim], [stride[0], stride[2], stride[1], 1]
@@ -151,16 +159,23 @@ _tile_counters: dict[int, dict[int, torch.Tensor]] = {}  # by device index and s
 
 
 class ForwardPlan:
-    """Everything about a call that does not depend on addresses."""
+    """Everything about a call that does not depend on addresses.
 
-    def __init__(self, spec: AttentionSpec, config: ForwardConfig):
-        self.spec, self.config = spec, config
+    For e4m3 operands: `v_geometry`, dimensions and strides of V transposed; `factors`, how many descales a
+    head of q and of k has and whether there is one per block; spec.dtype is that of the output.
+    """
+
+    def __init__(self, spec: AttentionSpec, config: ForwardConfig, v_geometry=None, factors=(0, 0, 0)):
+        self.spec, self.config, self.factors = spec, config, factors
         out_stride = tuple(math.prod(spec.out_shape[i + 1 :]) for i in range(len(spec.out_shape)))
         shapes = [(shape, stride) for _, shape, stride in _operands(spec)] + [(spec.out_shape, out_stride)]
         self.geometry = [descriptor_geometry(*s) for s in shapes]
+        if v_geometry is not None:
+            self.geometry[2] = v_geometry
         self.device_index = spec.device.index or 0
         programs = arch.num_multiprocessors(spec.device) - spec.sm_margin
-        self.programs = max(1, min(programs, _num_tiles_bound(spec, config.tile_rows)))
+        self.programs = max(1, min(programs, num_tiles_bound(spec, config.tile_rows)))
+        self.aside_elements = self.programs * config.tile_rows * config.head_dim_v
         self.numbers = self._numbers()
         self.dynamic = config.Schedule.dynamic.value
         self.counters = _tile_counters.setdefault(self.device_index, {})
@@ -176,7 +191,8 @@ class ForwardPlan:
         rows = spec.num_heads if spec.varlen else spec.batch * spec.num_heads
         group = 1
         if self.config.Schedule.grouped.value:
-            bytes_per_head = 2 * max(spec.seqlen_k, 1) * (spec.head_dim + spec.head_dim_v)
+            bytes_per_head = max(spec.seqlen_k, 1) * (spec.head_dim + spec.head_dim_v)
+            bytes_per_head *= self.config.element_bytes
             group = min(spec.group_size * max(1, L2_FOR_KEYS // bytes_per_head), rows)
         m_blocks = -(-spec.seqlen_q // self.config.tile_rows)
         divisors = (spec.num_heads, spec.group_size, group, rows % group or group, group * m_blocks)
@@ -191,6 +207,7 @@ class ForwardPlan:
             self._static_rounds(rows, group, (left, right)),
             *map(division_magic, divisors),
             *score_scales(spec.softmax_scale, spec.softcap),
+            *self.factors,
         )
 
     def _static_rounds(self, rows: int, group: int, window: tuple[int, int]) -> int:
@@ -225,20 +242,28 @@ class ForwardPlan:
         arguments = (*descriptors, lse, *pointers, *self.numbers, self.config)
         return KernelLauncher(attention_forward, arguments, dict(num_warps=4, maxnreg=self.config.maxnreg))
 
-    def __call__(self, q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None):
-        """(out, lse). Enqueues one kernel on the current stream of q's device; never waits for the device."""
+    def __call__(
+        self, q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, descales=None
+    ):
+        """(out, lse). Enqueues one kernel on the current stream of q's device; never waits for the device.
+
+        `descales`: None, or float32 factors of q, k and v and what lse is short of (or None).
+        """
         if torch._C._cuda_getDevice() != self.device_index:
             with torch.cuda.device(self.device_index):
-                return self(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+                return self(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, descales)
         if self.out_like is None:
             # one element spread over the shape: empty_like of it is contiguous and costs half of new_empty
-            self.out_like = q.new_empty(1).expand(self.spec.out_shape)
+            self.out_like = q.new_empty(1, dtype=self.spec.dtype).expand(self.spec.out_shape)
             self.lse_like = q.new_empty(1, dtype=torch.float32).expand(self.spec.lse_shape)
         out = torch.empty_like(self.out_like)
         lse = torch.empty_like(self.lse_like)
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         counter = self._tile_counter(stream) if self.dynamic else None
-        pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, counter)
+        aside = None
+        if self.config.promote > 0:
+            aside = torch.empty(self.aside_elements, dtype=torch.float32, device=q.device)
+        pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, counter, descales, aside)
         if self.launcher is None:
             self.launcher = self._prepare((q, k, v, out, lse), pointers)
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())

@@ -84,12 +84,12 @@ class KernelLauncher:
     def launch(
         self, programs: int, stream: int, maps: list, lse, pointers: tuple, numbers: tuple, config
     ) -> None:
-        """Enqueue on `stream`, the current one of the current device. `pointers`: tensors or None."""
+        """Enqueue on `stream`, the current one of the current device. `pointers`: tensors, None, or tuples of
+        them."""
         if not self.fast:
             self.kernel[(programs,)](*maps, lse, *pointers, *numbers, config, **self.options)
             return
-        # pointers as int skip a driver query each
-        addresses = [None if t is None else t.data_ptr() for t in pointers]
+        addresses = map(_address, pointers)
         function, head = self._c_launch
         function(programs, 1, 1, stream, *head, *maps, lse.data_ptr(), *addresses, *numbers, config)
 

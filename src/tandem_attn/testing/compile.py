@@ -74,12 +74,15 @@ def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str
     for name in LENGTHS:  # pointers, or None where there are none
         given = packed and (name.startswith("cu_") or name[-1] in seqused)
         pointers[name] = "*i32" if given else "constexpr"
+    pointers["descales"] = ("*fp32",) * 4 if config.fp8 else "constexpr"
+    pointers["aside"] = "*fp32" if config.promote > 0 else "constexpr"
     pointers["counter"] = "*i32" if config.Schedule.dynamic.value else "constexpr"
     signature = {}
     for name in attention_forward.arg_names:
         if name in boxes:
             box, layout = boxes[name]
-            signature[name] = descriptor_type(config.element, box, layout)
+            element = config.out_element if name == "o_desc" else config.element
+            signature[name] = descriptor_type(element or config.element, box, layout)
         elif name in pointers:
             signature[name] = pointers[name]
         elif name == "config":
@@ -95,7 +98,7 @@ def forward_source(config: ForwardConfig, seqused: str = "") -> GluonASTSource:
     names = list(signature)
     constants = {(names.index(n),): None for n in names if signature[n] == "constexpr"}
     constants[(names.index("config"),)] = config
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
     return GluonASTSource(attention_forward, signature, constants, aligned)
 
 
@@ -212,7 +215,9 @@ def one_line(name: str, fields: dict, kind: type[Report] = Report) -> str:
     if "error" in fields:
         return f"{name}: FAILED {fields['error'].strip().splitlines()[-1]}"
     r = kind.from_json(fields)
-    loops = " ".join(f"{x['length']}:{x['HGMMA']}+{x['PRMT']}p{x['spill']}s" for x in r.tight_loops)
+    loops = " ".join(
+        f"{x['length']}:{x['HGMMA'] + x['QGMMA']}+{x['PRMT']}p{x['spill']}s" for x in r.tight_loops
+    )
     warned = f" {' '.join(r.warnings)}" if r.warnings else ""
     return f"{name}: {r.seconds} s, {r.shared_memory} B shared, {r.spill_bytes} B spilled, {loops}{warned}"
 

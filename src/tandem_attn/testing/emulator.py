@@ -129,6 +129,19 @@ class Descriptor:
         self.storage[address[inside]] = data[inside]
 
 
+class _Words:
+    """Shared memory seen as int32: only e4m3 ones are written like that, before partitions start."""
+
+    def __init__(self, memory: Memory, dtype, shape, layout):
+        self.memory = memory
+
+    def store(self, value) -> None:
+        assert np.all(np.asarray(value) == 0x38383838), "four e4m3 ones"
+        assert Machine.current is None
+        cell = self.memory.cell
+        cell.written, cell.data = ("the start", 0), np.ones(self.memory.shape)
+
+
 class Product:
     """A wgmma under way: acc + a b, of what a and b hold until it is waited for."""
 
@@ -223,6 +236,8 @@ def _tma_store_wait(pendings: int = 0) -> None:
 
 def _fence(cells: list[Cell]):
     def fence_async_shared(cluster=False) -> None:
+        if Machine.current is None:  # before partitions start, which orders everything
+            return
         me = partition()
         for cell in cells:
             if cell.written and cell.written[0] == me.name:
@@ -322,6 +337,7 @@ def load_kernel(
         tma_store=_tma_store,
         tma_store_wait=_tma_store_wait,
         fence_async_shared=_fence(gl.cells),
+        reinterpreted=_Words,
         warpgroup_mma=_mma,
         warpgroup_mma_wait=_mma_wait,
     )
@@ -336,10 +352,10 @@ class PlainConfig:
         self.static, self._config, self._modules = self, config, modules
 
     def __getattr__(self, name: str):
-        if name == "dtype":
-            return Language.bfloat16
+        if name in ("dtype", "out_dtype"):
+            return Language.float8e4nv if name == "dtype" and self._config.fp8 else Language.bfloat16
         value = getattr(self._config, name)
-        if name in ("Mask", "Sequences", "Schedule"):
+        if name in ("Mask", "Sequences", "Schedule", "Precision"):
             return getattr(self._modules[value.__module__], value.__name__)
         return DeviceInt(value) if type(value) is int else value
 
@@ -353,11 +369,12 @@ def start_kernel(kernel, arguments: dict, numbers: tuple, config: PlainConfig) -
         raise AssertionError("the kernel waits outside its partitions")
 
 
-def run_forward(plan: ForwardPlan, tensors, lengths: tuple, programs: int, seed: int, mutations=None):
+def run_forward(plan: ForwardPlan, tensors, lengths, programs: int, seed: int, mutations=None, descales=None):
     """(out, lse, reads of garbage) of a launch of `plan` with so many programs, all at once.
 
     tensors: (storage of q, of k, of v), flat float64 arrays; lengths: (cu_seqlens_q, cu_seqlens_k, seqused_q,
-    seqused_k), integer arrays or None. What no program writes stays NaN.
+    seqused_k), integer arrays or None; descales: those of q, k and v and lse_shift or None, flat arrays. What
+    no program writes stays NaN.
     """
     out = np.full(math.prod(plan.spec.out_shape), np.nan)
     lse = np.full(math.prod(plan.spec.lse_shape), np.nan)
@@ -368,9 +385,14 @@ def run_forward(plan: ForwardPlan, tensors, lengths: tuple, programs: int, seed:
             forward_boxes(plan.config).items(), (*tensors, out), plan.geometry, strict=True
         )
     }
-    pointers = dict(zip(LENGTHS, lengths, strict=True)) | {"lse_ptr": lse, "counter": counter}
+    pointers = dict(zip(LENGTHS, lengths, strict=True))
+    pointers |= {"lse_ptr": lse, "counter": counter}
     arguments |= {name: None if x is None else Pointer(np.asarray(x)) for name, x in pointers.items()}
-    machine = Machine(seed)
+    arguments["descales"] = descales and tuple(None if x is None else Pointer(x) for x in descales)
+    arguments["aside"] = None
+    if plan.config.promote > 0:
+        arguments["aside"] = Pointer(np.full(programs * plan.aside_elements, np.nan), again=True)
+    machine, Machine.current = Machine(seed), None
     for program in range(programs):
         modules = load_kernel("kernels.forward", EmulatedLanguage(program, programs, machine), mutations)
         kernel = modules["tandem_attn.kernels.forward"].attention_forward

@@ -110,11 +110,12 @@ def array(x):
 class Pointer:
     """A place in global memory; leaving it is an error."""
 
-    def __init__(self, memory: np.ndarray, offset=0):
+    def __init__(self, memory: np.ndarray, offset=0, again: bool = False):
         self.memory, self.offset = memory, offset
+        self.again = again  # whether an element may be written more than once
 
     def __add__(self, offset) -> Pointer:
-        return Pointer(self.memory, self.offset + offset)
+        return Pointer(self.memory, self.offset + offset, self.again)
 
     def to(self, dtype) -> Pointer:
         """Itself: the address as a number."""
@@ -145,6 +146,10 @@ class DType(str):
     def value(self) -> DType:
         return self
 
+    @property
+    def primitive_bitwidth(self) -> int:
+        return 8 if self == "e4m3" else 16
+
 
 class Constant(float):
     """A gl.constexpr of a float."""
@@ -154,13 +159,21 @@ class Constant(float):
         return float(self)
 
 
+QUAD = np.dtype([(name, np.float64) for name in "abcd"])  # four e4m3 values in 32 bits, not rounded
+
+
+_NUMPY = {"int1": bool, "int32": np.int64, "int64": np.int64}  # all else is float64
+
+
 class Language:
     """What device code calls `gl`, as far as it is arithmetic."""
 
     float32 = bfloat16 = float16 = DType("float")
-    int32, int64 = DType("int32"), DType("int64")
+    float8e4nv = DType("e4m3")
+    int1, int32, int64 = DType("int1"), DType("int32"), DType("int64")
     tensor = tuple = shared_memory_descriptor = None  # annotations
     BlockedLayout = SliceLayout = DotOperandLayout = SwizzledSharedLayout = NVMMASharedLayout = Layout
+    DistributedLinearLayout = Layout
     static_range = range
     minimum = staticmethod(_elementwise(np.minimum, min))
     maximum = staticmethod(_elementwise(np.maximum, max))
@@ -186,7 +199,8 @@ class Language:
 
     def store(self, pointer, value, mask=True):
         where, wanted = pointer.at(mask)
-        if pointer.memory.dtype.kind == "f" and not np.isnan(pointer.memory[where[wanted]]).all():
+        once = pointer.memory.dtype.kind == "f" and not pointer.again
+        if once and not np.isnan(pointer.memory[where[wanted]]).all():
             raise AssertionError("an element is written twice")
         pointer.memory[where[wanted]] = np.broadcast_to(value, where.shape)[wanted]
 
@@ -194,7 +208,7 @@ class Language:
         return array(np.arange(start, end))
 
     def full(self, shape, value, dtype=None, layout=None):
-        return array(np.full(shape, value, np.int64 if dtype in ("int32", "int64") else np.float64))
+        return array(np.full(shape, value, _NUMPY.get(dtype, np.float64)))
 
     def zeros(self, shape, dtype=None, layout=None):
         return self.full(shape, 0, dtype)
@@ -249,7 +263,15 @@ class Language:
         return DeviceInt(x) if isinstance(x, int) else x
 
     def inline_asm_elementwise(self, asm, constraints, args, dtype=None, is_pure=True, pack=1):
-        """What these statements mean. A pair packed into 32 bits is a complex number here."""
+        """What these statements mean. A pair packed into 32 bits is a complex number, a quad a record."""
+        if "e4m3x2" in asm:
+            return array(np.array(np.stack(args, -1)).view(QUAD)[..., 0])
+        if asm == "mov.b32 $0, $1;" and pack == 4:
+            quads = np.asarray(args[0])
+            parts = [
+                quads[..., h, e][name] for (h, e), name in zip(np.ndindex(2, 2), QUAD.names, strict=True)
+            ]
+            return array(np.stack(parts, -1).reshape(quads.shape))
         if "cvt.rn" in asm:
             return array(np.asarray(args[0]) + 1j * np.asarray(args[1]))
         if asm == "mov.b32 $0, $1;":

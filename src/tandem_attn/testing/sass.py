@@ -32,7 +32,7 @@ class Loop(collections.Counter):
         return histogram
 
 
-def tight_loops(sass: str, products: str = r"\bHGMMA\.") -> list[Loop]:
+def tight_loops(sass: str, products: str = r"\b[HQ]GMMA\.") -> list[Loop]:
     """The loops with matrix products (a regular expression) in which no smaller loop has any, in program
     order."""
     blocks, edges = control_flow(sass)

@@ -15,6 +15,7 @@ from tandem_attn.device.gluon import COPIES_OPERANDS
 from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import ForwardConfig, forward_config
+from tandem_attn.kernels.config_fp8 import PROMOTE_FROM, fp8_config
 from tandem_attn.spec import AttentionSpec, Window
 
 WINDOWS = {"full": Window(), "causal": Window(-1, 0), "window": Window(256, 0)}
@@ -110,6 +111,21 @@ def configs(
     return list(found)
 
 
+def fp8_configs(
+    dtype: torch.dtype = torch.bfloat16, softcap: float = 0.0, copies_operands: bool = COPIES_OPERANDS
+) -> list[ForwardConfig]:
+    """As `configs`, with e4m3 operands. Lengths past PROMOTE_FROM add a loop around that of whole blocks."""
+    found: dict[ForwardConfig, None] = {}
+    dims = [*((d, d) for d in HEAD_DIMS), (192, 128), (128, 64)]
+    for window, varlen, length in itertools.product(
+        WINDOWS.values(), (False, True), (*LENGTHS, PROMOTE_FROM + 128)
+    ):
+        for of_q, of_v in dims:
+            spec = question(of_q, of_v, length, window=window, varlen=varlen, dtype=dtype, softcap=softcap)
+            found[fp8_config(spec, copies_operands)] = None
+    return list(found)
+
+
 def variants() -> list[Variant]:
     """What the tests compile: everything in bf16; fp16, softcap and used lengths where they could differ.
 
@@ -127,6 +143,10 @@ def variants() -> list[Variant]:
     for c in configs():
         if c.head_dim == c.head_dim_v == 128 and c.Sequences is Varlen:
             shipped.append(Variant(c, used[c.Mask]))
+    shipped += [Variant(c) for c in fp8_configs()]
+    for c in fp8_configs(torch.float16) + fp8_configs(softcap=30.0):
+        if c.head_dim == 128 and (c.Mask, c.Sequences, c.promote) == (CausalMask, Dense, 0):
+            shipped.append(Variant(c))
     return shipped
 
 
@@ -138,4 +158,8 @@ def distinct_variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
         shape = (c.head_dim, c.head_dim_v, c.tile_n, c.num_consumers)
         shape += (c.q_in_registers, c.named_release, c.opens_in_loop)
         kept[shape, c.Mask, c.Sequences] = Variant(c)
+    for c in fp8_configs(copies_operands=copies_operands):
+        if c.head_dim == c.head_dim_v and c.Sequences is Dense and (not c.promote or c.head_dim == 128):
+            shape = ("fp8", c.head_dim, c.serial, c.promote > 0, c.q_in_registers)
+            kept[shape, c.Mask] = Variant(c)
     return list(kept.values())

@@ -1,0 +1,156 @@
+"""Compile-time facts of the kernels that make FP8: how tiles lie in registers."""
+
+import dataclasses
+
+from tandem_attn.device.gluon import gl
+from tandem_attn.kernels.config import KernelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig(KernelConfig):
+    """What all kernels here have: how tiles of V lie in registers."""
+
+    head_dim_v: int
+    packed: bool
+    has_seqused_k: bool
+
+    def keys_layout(self, unit: int):
+        """Of a piece [KEYS, v_width] of V: 4 rows of `unit` neighbours a thread, the other columns to 4 lanes
+        (64 bytes) and warps."""
+        bits = unit.bit_length() - 1
+        registers = [[0, 1 << i] for i in range(bits)] + [[1, 0], [8, 0]]
+        lanes = [[0, unit], [0, 2 * unit], [2, 0], [4, 0], [16, 0]]
+        warps = [[32, 0], [64, 0], [0, 4 * unit], [0, 8 * unit]][: self.num_warps.bit_length() - 1]
+        return gl.DistributedLinearLayout(registers, lanes, warps, [], [128, unit * self.num_warps])
+
+    @property
+    def words_layout(self):
+        """Of int32 [channels, words]: 16 bytes a thread, 128 of a channel."""
+        return gl.BlockedLayout([1, 4], [4, 8], [self.num_warps, 1], [1, 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig(TileConfig):
+    """Compile-time facts of the kernels that quantize."""
+
+    head_dim: int
+    has_seqused_q: bool
+    rotate: bool
+    smooth_k: bool
+    granularity: str
+    rotary_dim: int
+    interleaved: bool
+    measures: bool = False  # only the maxima of heads or tensors
+    sums: bool = False  # only the sums over keys
+    early: bool = False  # starts before the launch that it follows is over
+
+    @property
+    def num_warps(self) -> int:
+        return 4 if self.sums or self.widest <= 64 else 8
+
+    @property
+    def widest(self) -> int:
+        return max(self.head_dim, self.head_dim_v)
+
+    @property
+    def rows(self) -> int:
+        """Of q or k at a time: a thread has 64 numbers of them, and 96 or 128 of a whole tile were too many
+        for more than one or two programs to be resident."""
+        return 128 if self.head_dim <= 128 else 64
+
+    @property
+    def maxnreg(self) -> int | None:
+        """Registers of a thread, where the compiler would take more and fewer programs be resident."""
+        if self.sums:
+            return None if self.rotary_dim else 72  # 7 programs of 4 warps
+        if self.num_warps == 4:
+            return 96  # 5 programs
+        if self.rotary_dim and self.head_dim > 128:
+            return 128  # 2 programs of 8 warps
+        return 80  # 3
+
+    @property
+    def pieces(self) -> int:
+        return -(-self.head_dim // 32)
+
+    @property
+    def columns(self) -> int:
+        """A power of two, a piece at least."""
+        return max(32, 1 << (self.head_dim - 1).bit_length())
+
+    @property
+    def group(self) -> int:
+        """Pieces that one Hadamard matrix mixes."""
+        return (self.head_dim & -self.head_dim) // 32
+
+    @property
+    def norm(self) -> float:
+        """What a product with that matrix is multiplied by: at the end, together with the inverse scale."""
+        return (self.head_dim & -self.head_dim) ** -0.5 if self.rotate else 1.0
+
+    @property
+    def layout(self):
+        return gl.BlockedLayout([1, 8], [8, 4], [self.num_warps, 1], [1, 0])
+
+    @property
+    def mma(self):
+        return gl.NVMMADistributedLayout([2, 0], [self.num_warps, 1], [16, 8])
+
+    @property
+    def sum_width(self) -> int:
+        """Columns of a piece for sums over keys: whole rows, so that a thread has 8 sums to keep. Where they
+        are turned first, pieces as elsewhere."""
+        return 32 if self.rotary_dim else self.columns
+
+    @property
+    def sum_layout(self):
+        lanes = self.sum_width // 8
+        return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [self.num_warps, 1], [1, 0])
+
+    @property
+    def sum_together(self) -> int:
+        """Rows that threads have one number of each."""
+        return self.num_warps * 32 // (self.sum_width // 8)
+
+    @property
+    def sum_rows(self) -> int:
+        """Of K at a time: 8 loads of 16 bytes a thread, of pieces as many as there are pieces."""
+        return self.sum_together * (1 if self.rotary_dim else 8)
+
+    @property
+    def v_width(self) -> int:
+        return 8 * self.num_warps
+
+    @property
+    def v_pieces(self) -> int:
+        return -(-self.head_dim_v // self.v_width)
+
+    @property
+    def v_again(self) -> bool:
+        """Whether registers keep only the maximum of a tile of V, and it is loaded again."""
+        return self.v_pieces > 2
+
+    @property
+    def v_layout(self):
+        return self.keys_layout(8)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposeConfig(TileConfig):
+    """Compile-time facts of `transpose_keys`. Pieces are in int32 of four channels."""
+
+    @property
+    def num_warps(self) -> int:
+        return 4 if self.head_dim_v <= 64 else 8 if self.head_dim_v <= 128 else 16
+
+    @property
+    def v_width(self) -> int:
+        return 4 * self.num_warps
+
+    @property
+    def v_pieces(self) -> int:
+        return -(-self.head_dim_v // (4 * self.v_width))
+
+    @property
+    def v_layout(self):
+        return self.keys_layout(4)

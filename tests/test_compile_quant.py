@@ -1,0 +1,81 @@
+"""The kernels that make FP8 compile for sm_90a without a GPU, on every supported Triton, as they should.
+
+How, and what to set: tests/compile_matrix.py.
+"""
+
+import pytest
+from compile_matrix import INSTALLED, Compiled, cases
+
+from tandem_attn.testing.compile_quant import QuantReport, named_launches
+
+FEW = (
+    "128",
+    "192x128",
+    "256",
+    "128_rotated",
+    "64_packed_used",
+    "128_head",
+    "128_pairs",
+    "v_128",
+    "v_80_packed",
+)
+# Bytes of spill stores and loads, of code without loops: a few registers of a limit under which one more
+# program fits. Other Tritons take a few more.
+SPILLS, SPILLS_OF_256, SPILLS_OF_OTHERS = 64, 224, 448
+REGISTERS = 64 * 1024  # of a multiprocessor
+RESIDENT = {"256_pairs": 16}  # warps, quantize_tiles; others 20 in programs of 4, 24 of 8
+
+
+def names_for(version: str) -> list[str]:
+    """What a Triton has to compile."""
+    return [n for n in named_launches() if version == INSTALLED or n.split("/")[0] in FEW]
+
+
+CASES = list(cases(names_for))
+
+
+@pytest.fixture(scope="session")
+def reports(request, tmp_path_factory):
+    """A function (version, name) -> QuantReport."""
+    compiled = Compiled(request, tmp_path_factory, "compile_quant", ("compile", "compile_decode", "sass"))
+    return lambda version, name: QuantReport.from_json(compiled.report(version, name))
+
+
+@pytest.mark.parametrize("version, name", CASES)
+def test_compiles_within_the_limits(reports, version, name):
+    made, (question, kind), known = reports(version, name), name.split("/"), 0
+    if kind in ("quantize_tiles", "measure"):
+        known = SPILLS_OF_256 if question.startswith("256") else SPILLS
+        known = known if version == INSTALLED else SPILLS_OF_OTHERS
+    assert made.spill_bytes <= known and made.stack_bytes <= known
+    assert known or made.local == 0
+    assert made.shared_memory <= 32 * 1024
+
+
+@pytest.mark.parametrize("version, name", CASES)
+def test_stores_are_wide(reports, version, name):
+    """Rows of q and k leave in pieces of 8 bytes, channels of V in 16; scales and lse_shift one by one."""
+    made, kind = reports(version, name), name.split("/")[1]
+    if kind == "transpose_keys":
+        assert made.stores == ("128",)
+    elif kind == "quantize_tiles":
+        assert {"64", "128"} <= set(made.stores) <= {"64", "128", "32"}
+    elif kind == "measure":
+        assert made.stores == ()
+
+
+@pytest.mark.parametrize("version, name", CASES)
+def test_enough_warps_are_resident(reports, version, name):
+    """Loads of some programs go on while others compute."""
+    question, kind = name.split("/")
+    if kind == "quantize_tiles":
+        launch = named_launches()[name]
+        in_eights = -(-reports(version, name).registers // 8) * 8
+        programs = REGISTERS // (in_eights * 32 * launch.options["num_warps"])
+        least = 20 if launch.options["num_warps"] == 4 else 24
+        assert programs * launch.options["num_warps"] >= RESIDENT.get(question, least)
+
+
+def test_cases_hold_every_kernel():
+    kinds = {name.split("/")[1] for name in named_launches()}
+    assert kinds == {"quantize_tiles", "measure", "sum_keys", "finish_means", "transpose_keys"}
