@@ -91,7 +91,7 @@ def kernels(request, tmp_path_factory) -> None:
         import gpu_cases
 
         folder = tmp_path_factory.getbasetemp()
-        gpu_cases.compile_once(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+        gpu_cases.compile_all(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
 @pytest.fixture

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
-from gpu_cases import BF16, CAUSAL, FP16, declared, dense, packed, seed_of
+from gpu_cases import (
+    BF16,
+    CAUSAL,
+    FP16,
+    FULL,
+    MANY,
+    MASKS,
+    SOME,
+    SPARSE,
+    TILES,
+    USED_K,
+    USED_Q,
+    WINDOW,
+    declared,
+    dense,
+    packed,
+    pretend_hopper,
+    seed_of,
+)
 
 from tandem_attn import (
     Fp8Recipe,
@@ -19,7 +38,8 @@ from tandem_attn import (
     reference_quant,
 )
 from tandem_attn.quant import signs_for
-from tandem_attn.spec import E4M3, Lengths
+from tandem_attn.spec import E4M3, Lengths, Options
+from tandem_attn.spec_fp8 import fp8_spec
 from tandem_attn.spec_quant import quantize_spec
 from tandem_attn.testing import Case, Inputs, exact, make
 
@@ -214,3 +234,146 @@ def assert_near(case: Case, inputs: Inputs, found: tuple, expected: tuple, rmse=
     ):
         rows = want[1].isneginf().transpose(0, 1)
         assert torch.count_nonzero(part[0][rows]) == 0, f"{case.id}: rows without keys of sequence {i}"
+
+
+# Questions for a GPU. Shapes vary freely, kernels do not: see `gpu_cases.py`. A mean subtracted makes another
+# kernel (lse is corrected), so that cases of FlashAttention-3's entry are few.
+
+
+def recipe_for(case: Case) -> Fp8Recipe:
+    """As much of the recipe as a case allows."""
+    return Fp8Recipe(rotate=case.head_dim % 32 == 0, smooth_k=not case.softcap)
+
+
+_LENGTHS = ((113, 203), (239, 1), (300, 770), (1023, 1022), (1, 1), (129, 129), (193, 257))
+GRID = [
+    *(dense(n, dims, **mask) for dims, mask, n in itertools.product(TILES, MASKS, _LENGTHS)),
+    *(dense(n, (d, d)) for d in (64, 128) for n in ((384, 256), (1, 128), (1000, 1024))),  # no mask at all
+    *(dense((1300, 1300), (d, d), **mask) for d in (64, 128, 256) for mask in (FULL, CAUSAL)),
+    *(dense((300, 700), (d, d), dtype=FP16, **mask) for d, mask in ((64, FULL), (128, CAUSAL))),
+]
+# Widths that TMA pads to the next tile, and values of another width than keys
+WIDTHS = [
+    dense(n, dims, batch=2, **mask)
+    for dims in (*((d, d) for d in (16, 32, 48, 80, 112, 160, 224)), (64, 128), (128, 64), (32, 112))
+    for n, mask in (((113, 203), CAUSAL), ((129, 255), FULL))
+]
+HEADS = [
+    dense((113, 203), dims, heads, batch=3, **mask)
+    for heads in ((6, 6), (6, 2), (10, 2), (7, 1))
+    for dims, mask in (((128, 128), CAUSAL), ((64, 64), FULL))
+]
+CAPS = [
+    dense(n, dims, softcap=cap, **mask)
+    for dims, mask, cap in (
+        ((64, 64), CAUSAL, 15.0),
+        ((128, 128), FULL, 50.0),
+        ((128, 128), WINDOW, 5.0),
+        ((256, 256), CAUSAL, 15.0),
+    )
+    for n in ((113, 203), (700, 1000))
+]
+SEQUENCES = [
+    *(
+        packed(some, (d, d), **mask)
+        for d, mask in itertools.product((64, 128), MASKS)
+        for some in (SOME, MANY)
+    ),
+    packed(SOME, (96, 96), **CAUSAL),
+    packed(SOME, (192, 128), **CAUSAL),
+    packed(SOME, (256, 256), **CAUSAL),
+    packed(SPARSE, (64, 64), **CAUSAL),
+    packed(SOME, (128, 64), (6, 2)),
+    packed(SOME, used_q=USED_Q, used_k=USED_K, **CAUSAL),
+    packed(SOME, (64, 64), used_q=USED_Q, used_k=USED_K),
+]
+BLIND = [  # rows and tiles that see nothing
+    dense((300, 70), (64, 64), **CAUSAL),
+    dense((700, 70), (128, 128), **CAUSAL),
+    dense((384, 100), (256, 256), window=(3, 3)),
+    dense((700, 64), (64, 64), window=(5, 0)),
+]
+QUESTIONS = [*GRID, *WIDTHS, *HEADS, *CAPS, *SEQUENCES, *BLIND]
+
+# FlashAttention-3's entry, and one key that wins each row
+EXACT = [
+    *(dense((257, 383), (d, d), (4, 2), batch=2, **FULL) for d in (64, 128)),
+    *(dense((257, 383), dims, (4, 2), batch=2, **CAUSAL) for dims in TILES),
+    dense((140, 200), (80, 48), (6, 3), **CAUSAL),
+    packed(SOME, **CAUSAL),
+    packed(SOME, (64, 64), **FULL),
+    packed(SOME, used_q=USED_Q, used_k=USED_K, **CAUSAL),
+]
+
+# From 16384 keys on, O is added up in parts
+FAR = [(dense((192, 4001), (d, d)), dense((192, 20_001), (d, d)), dense((192, 70_001), (d, d)))
+       for d in (64, 128, 256)]  # fmt: skip
+
+REPEATS = [
+    dense((1300, 1300), (64, 64), (8, 2), batch=2, **CAUSAL),
+    dense((1300, 1300), (128, 128), (8, 2), batch=2, **FULL),
+    dense((1300, 1300), (256, 256), (4, 2), batch=2, **FULL),
+    packed(((700, 0, 300, 129, 64, 1), (700, 9, 800, 129, 0, 77)), (128, 128), (8, 2), **CAUSAL),
+]
+
+
+# What they compile to
+
+
+def _spec_of(case: Case, recipe: Fp8Recipe):
+    """The question of attention, of tensors without memory but on a GPU."""
+
+    def meta(rows: tuple[int, ...], heads: int, width: int) -> torch.Tensor:
+        return torch.empty(*rows, heads, width, dtype=case.dtype, device="meta")
+
+    rows_q, rows_k = (case.batch, case.seqlen_q), (case.batch, case.seqlen_k)
+    more = {}
+    if case.varlen:
+        rows_q, rows_k = (sum(case.lengths_q),), (sum(case.lengths_k),)
+        starts = torch.empty(case.batch + 1, dtype=torch.int32, device="meta")
+        used = [None if x is None else starts[1:] for x in (case.used_q, case.used_k)]
+        more = dict(zip(Lengths._fields, (starts, starts, *used, case.seqlen_q, case.seqlen_k), strict=True))
+    q, k = meta(rows_q, case.heads, case.head_dim), meta(rows_k, case.kv_heads, case.head_dim)
+    tensors = quantize_qkv(q, k, meta(rows_k, case.kv_heads, case.dim_v), recipe, **more)
+    spec = fp8_spec(tensors, Options(*flat_options(case)))
+    on_gpu = dataclasses.replace(spec.attention, device=torch.device("cuda", 0))
+    return dataclasses.replace(spec, attention=on_gpu)
+
+
+def distinct_kernels() -> dict:
+    """Every kernel of the cases above: a case and recipe that need it."""
+    from tandem_attn.kernels.config_fp8 import fp8_config
+
+    asked = [(case, recipe_for(case)) for case in [*QUESTIONS, *itertools.chain(*FAR), *REPEATS]]
+    asked += [(case, PLAIN) for case in EXACT]
+    found = {}
+    for case, recipe in reversed(asked):
+        spec = _spec_of(case, recipe)
+        question = spec.attention
+        if not spec.is_empty:
+            used = (question.has_seqused_q, question.has_seqused_k)
+            found[(fp8_config(question), *used, spec.corrects_lse)] = (case, recipe)
+    return found
+
+
+def compile_kernel(case: Case, recipe: Fp8Recipe) -> str:
+    """As in `gpu_cases.py`."""
+    pretend_hopper()
+    from tandem_attn.kernels import launch_fp8
+
+    spec = _spec_of(case, recipe)
+    plan, question = launch_fp8.fp8(spec), spec.attention
+
+    def meta(rank: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((8,) * rank, dtype=dtype, device="meta")
+
+    rank = 3 if question.varlen else 4
+    operands = [meta(rank, E4M3), meta(rank, E4M3), meta(4, E4M3), meta(rank, question.dtype)]
+    factor = meta(1, F32)
+    factors = (factor, factor, factor, factor if spec.corrects_lse else None)
+    starts = meta(1, torch.int32) if question.varlen else None
+    used = [starts if has else None for has in (question.has_seqused_q, question.has_seqused_k)]
+    counter = meta(1, torch.int32) if plan.dynamic else None
+    aside = factor if plan.config.promote > 0 else None
+    made = plan._prepare((*operands, factor), (starts, starts, *used, counter, factors, aside))
+    return made.compiled.hash

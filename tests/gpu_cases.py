@@ -311,18 +311,10 @@ class _NoDriver:
 
 
 def compile_kernel(case: Case) -> str:
-    """Put a case's kernel where a launch will find it; the hash it is found by.
+    """Put a case's kernel where a launch will find it; the hash it is found by."""
+    pretend_hopper()
+    from tandem_attn.kernels import launch
 
-    Only for a process of its own: Triton's driver is replaced.
-    """
-    import triton
-
-    from tandem_attn import arch
-    from tandem_attn.kernels import launch, launcher
-
-    triton.runtime.driver.set_active(_NoDriver())
-    arch._properties = lambda index: (9, 0, 132)
-    launcher.KernelLauncher._find_c_launch = lambda self: None
     spec = dataclasses.replace(spec_of(case), device=torch.device("cuda", 0))
     plan = launch.forward(spec)
 
@@ -333,20 +325,39 @@ def compile_kernel(case: Case) -> str:
     starts = meta(8, dtype=torch.int32) if spec.varlen else None
     used = [starts if has else None for has in (spec.has_seqused_q, spec.has_seqused_k)]
     counter = meta(1, dtype=torch.int32) if plan.dynamic else None
-    made = plan._prepare((*operands, meta(8, dtype=torch.float32)), (starts, starts, *used, counter))
+    pointers = (starts, starts, *used, counter, None, None)
+    made = plan._prepare((*operands, meta(8, dtype=torch.float32)), pointers)
     return made.compiled.hash
 
 
-def compile_once(folder: pathlib.Path) -> None:
-    """Compile everything, once for a session's `folder`: other workers of pytest-xdist wait for the first."""
-    with open(folder / "kernels-compiled", "a") as lock:
+def pretend_hopper() -> None:
+    """Only for a process of its own: Triton's driver is replaced."""
+    import triton
+
+    from tandem_attn import arch
+    from tandem_attn.kernels import launcher
+
+    triton.runtime.driver.set_active(_NoDriver())
+    arch._properties = lambda index: (9, 0, 132)
+    launcher.KernelLauncher._find_c_launch = lambda self: None
+
+
+def compile_all(folder: pathlib.Path) -> None:
+    """Every kernel of the curated cases."""
+    compile_once(folder / "kernels-compiled", [(compile_kernel, x) for x in distinct_kernels().values()])
+
+
+def compile_once(done: pathlib.Path, jobs: list[tuple]) -> None:
+    """Call functions with arguments in processes of their own, once for a session's file `done`: other
+    workers of pytest-xdist wait for the first."""
+    with open(done, "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if os.fstat(lock.fileno()).st_size:
             return
         workers = min(os.cpu_count() or 1, 16)
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for made in [pool.submit(compile_kernel, case) for case in distinct_kernels().values()]:
+            for made in [pool.submit(*job) for job in jobs]:
                 with contextlib.suppress(Exception):  # the test that needs the kernel will say it better
                     made.result()
         lock.write("done")

@@ -23,7 +23,7 @@ FEW = (
 # program fits. Other Tritons take a few more.
 SPILLS, SPILLS_OF_256, SPILLS_OF_OTHERS = 64, 224, 448
 REGISTERS = 64 * 1024  # of a multiprocessor
-RESIDENT = {"256_pairs": 16}  # warps, quantize_tiles; others 20 in programs of 4, 24 of 8
+RESIDENT = {"256_pairs": 16, "192_rotary": 16}  # warps, quantize_tiles; others 20 in programs of 4, 24 of 8
 
 
 def names_for(version: str) -> list[str]:

@@ -16,7 +16,7 @@ from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import NATIVE_HEAD_DIMS, SHARED_MEMORY, ForwardConfig, forward_config
 from tandem_attn.spec import Window
 from tandem_attn.testing.compile import forward_signature, forward_source
-from tandem_attn.testing.shipped import WINDOWS, configs, question, variants
+from tandem_attn.testing.shipped import WINDOWS, configs, fp8_configs, question, variants
 
 DIMS = range(8, 257, 8)
 USUAL = dict(
@@ -174,6 +174,10 @@ def test_every_field_counts_for_the_cache_key(field):
     )
     other |= dict(tile_m=32, tile_n=64, num_consumers=3, num_stages=1, q_stages=2, o_parts=2, o_buffers=2)
     base = ForwardConfig(**{**USUAL, "head_dim": 64, "head_dim_v": 64, "o_parts": 2})
+    if field in ("block_sums", "sum_by_wgmma"):  # of e4m3, one after the other
+        base = dataclasses.replace(base, element="fp8e4nv", serial=True)
+    if field == "out_element":
+        other["out_element"] = "fp16"
     value = other.get(field, not getattr(base, field))
     if getattr(base, field) == value:
         value = {"head_dim": 96, "head_dim_v": 128, "o_parts": 1}[field]
@@ -188,10 +192,17 @@ def test_policies_carry_a_digest():
         for cls in (config.Mask, config.Sequences, config.Schedule):
             assert re.fullmatch(r"\w+@[0-9a-f]{8}", cls.__qualname__), f"{cls.__name__} is not a @policy"
             assert cls.__qualname__ in config.cache_key
+    for config in (*configs(), *fp8_configs()):
+        assert re.fullmatch(r"\w+@[0-9a-f]{8}", config.Precision.__qualname__)
+        assert config.Precision.__qualname__ in config.cache_key
     for module, names in ((mask, "Mask"), (schedule, "Tiles"), (sequence, "")):
         for name, cls in vars(module).items():
             if isinstance(cls, type) and cls.__module__ == module.__name__ and name.endswith(names):
-                assert "@" in cls.__qualname__ or name in ("DenseSequence", "PackedSequence")
+                assert "@" in cls.__qualname__ or name in (
+                    "DenseSequence",
+                    "PackedSequence",
+                    "TransposedKeys",
+                )
 
 
 SHIFT = """

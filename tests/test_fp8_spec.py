@@ -1,5 +1,5 @@
-"""The questions of FP8 attention, and every mistake by its name: before anything is computed, and again after a
-right call of the same shapes, whose plan must not answer a wrong one.
+"""The questions of FP8 attention, and every mistake by its name: in new questions, and in those whose shapes
+have been asked about rightly before, so that a plan is remembered which must not answer.
 """
 
 import dataclasses
@@ -395,7 +395,7 @@ def blocks_of(x: Fp8Tensors, packed: bool) -> dict:
     """Changes that are wrong for descales of blocks: one for each check."""
     column = torch.ones(x.q_descale.shape[-1], x.q_descale.shape[-2]).mT
     found = {
-        "blocks of q": (dict(q_descale=x.q_descale[..., :-1].contiguous()), ValueError, "q_descale is of shape"),
+        "blocks of q": (dict(q_descale=x.q_descale[..., 1:].contiguous()), ValueError, "q_descale is of"),
         "blocks of k": (dict(k_descale=torch.ones(2, 2, 7)), ValueError, "k_descale is of shape"),
         "heads of v": (dict(v_descale=x.q_descale), ValueError, "v_descale is of shape"),
         "no descale": (dict(v_descale=None), TypeError, "v_descale is NoneType"),
@@ -463,10 +463,13 @@ def test_parts_that_do_not_fit(checks, packed):
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("which", DESCALES)
 def test_granularities_do_not_mix(which, packed):
-    """One tensor with a scale per head and the others with one per block, even where there is one head."""
+    """One tensor with a scale per head and the others with one per block, even where there is one head of one
+    sequence, whose scales may lie in any way."""
     given = wide_packed() if packed else wide()
     for heads in (2, 1):
         some = {x: t[..., :heads, :] if x in "qkv" else t for x, t in given.items()}
+        if not packed:
+            some = {x: t[:heads] for x, t in some.items()}
         block, head = (quantize_qkv(**some, recipe=Fp8Recipe(granularity=g)) for g in ("block", "head"))
         for one, other in ((block, head), (head, block)):
             with pytest.raises(ValueError, match=r"^._descale is of shape"):

@@ -310,9 +310,13 @@ FAULTS = {
     "serial: a consumer leaves before its O has been read": {
         "mailbox.receive(slot, 0)\n    tma_store_wait(0)\n": "mailbox.receive(slot, 0)\n"
     },
-    "chunks: what is kept aside is forgotten": {"gl.load(_places_aside(problem, group, n))": "0.0 * unit[:, None]"},
+    "chunks: what is kept aside is forgotten": {
+        "gl.load(_places_aside(problem, group, n))": "0.0 * unit[:, None]"
+    },
     "chunks: O is not started anew": {"from_here = gl.where(again, i, start)": "from_here = start"},
-    "chunks: what was kept is not scaled": {"decay = gl.exp2(kept_max - state.row_max)": "decay = kept_max * 0 + 1.0"},
+    "chunks: what was kept is not scaled": {
+        "decay = gl.exp2(kept_max - state.row_max)": "decay = kept_max * 0 + 1.0"
+    },
     "chunks: consumers share a place": {"gl.program_id(0) * c.num_consumers + group": "gl.program_id(0)"},
     "chunks: sums are forgotten": {"kept_sum = i, state.row_max, gl.where(again, decayed, 0.0)": (
         "kept_sum = i, state.row_max, kept_sum * 0.0"

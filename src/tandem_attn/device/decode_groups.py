@@ -18,7 +18,7 @@ from tandem_attn.device.gluon import (
     warpgroup_mma_wait,
 )
 from tandem_attn.device.precision import pack_probabilities, unpack_operand
-from tandem_attn.device.softmax import rescale_factor, soft_capped, thread_sum
+from tandem_attn.device.softmax import offset_and_rescale, soft_capped, thread_sum
 from tandem_attn.device.turn import pass_turn, take_turn
 
 
@@ -105,8 +105,8 @@ def _softmax(s, max_before, rows, n0, scale_log2, inner_scale, config: gl.conste
         r = gl.arange(0, config.group_rows, gl.SliceLayout(1, config.s_layout))
         key = n0 + gl.arange(0, config.tile_n, gl.SliceLayout(0, config.s_layout))
         s = gl.where(rows.visible(r[:, None], key[None, :]), s, float("-inf"))
-    row_max = gl.maximum(max_before, gl.max(s, 1) * scale_log2)
-    offset, alpha = rescale_factor(max_before, row_max, True)
+    row_max = gl.maximum(max_before, gl.max(s, 1))
+    offset, alpha = offset_and_rescale(max_before, row_max, scale_log2, True)
     return row_max, alpha, gl.exp2(s * scale_log2 - offset[:, None])
 
 
@@ -169,7 +169,7 @@ def next_tile(
 
 
 @gluon.jit
-def last_output(v: Stages, i, state, rows, n0, use_acc, config: gl.constexpr):
+def last_output(v: Stages, i, state, rows, n0, use_acc, scale_log2, config: gl.constexpr):
     """(output chunks, normalised; base-2 log-sum-exp) after P V of the last tile of a segment, i."""
     p = unpack_operand(state.p, config.dtype, config.o_layout)
     clear_before_use(v, i, rows, n0)
@@ -177,7 +177,7 @@ def last_output(v: Stages, i, state, rows, n0, use_acc, config: gl.constexpr):
     v.release(i)
     by_row: gl.constexpr = gl.SliceLayout(1, config.o_layout)
     total = gl.convert_layout(gl.sum(state.row_sum, 1), by_row, assert_trivial=True)
-    base = gl.convert_layout(state.row_max, by_row, assert_trivial=True)
+    base = gl.convert_layout(state.row_max, by_row, assert_trivial=True) * scale_log2
     some = total > 0.0
     inverse = gl.where(some, 1.0 / total, 0.0)
     x = ()

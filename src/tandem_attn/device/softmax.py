@@ -32,6 +32,18 @@ def rescale_factor(old_max, new_max, may_be_empty: gl.constexpr):
 
 
 @gluon.jit
+def offset_and_rescale(old_max, new_max, scale_log2, may_be_empty: gl.constexpr):
+    """(offset, alpha) as of `rescale_factor`, from maxima of raw scores; P is exp2(S * scale_log2 - offset).
+
+    alpha has the difference first: exp2(old_max * scale_log2 - offset) would not be 1 where the maximum
+    stays, but off by the rounding of the offset, in every block once more.
+    """
+    if may_be_empty:
+        new_max = gl.where(new_max == float("-inf"), 0.0, new_max)
+    return new_max * scale_log2, gl.exp2((old_max - new_max) * scale_log2)
+
+
+@gluon.jit
 def log_sum_exp(row_max, row_sum):
     """Natural log-sum-exp from a maximum in base 2; -inf for a row that saw no key.
 

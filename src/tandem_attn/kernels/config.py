@@ -88,7 +88,13 @@ class KernelConfig:
 
         Without it Triton would use str(), and neither an edited property nor an omitted field would count.
         """
-        return f"{self!r} {_digest_of_sources(type(self))}"
+        derived = " ".join(cls.__qualname__ for cls in self.derived_policies)
+        return f"{self!r} {derived} {_digest_of_sources(type(self))}"
+
+    @property
+    def derived_policies(self) -> tuple[type, ...]:
+        """Policies that follow from the fields: their digests are no part of repr()."""
+        return ()
 
 
 @cache
@@ -208,6 +214,10 @@ class ForwardConfig(ChunkedConfig):
     @property
     def Precision(self) -> type:
         return Descaled if self.fp8 else Plain
+
+    @property
+    def derived_policies(self) -> tuple[type, ...]:
+        return (self.Precision,)
 
     @property
     def v_transposed(self) -> bool:

@@ -113,7 +113,7 @@ def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, q_bar, counters, 
         if at.left == 0:
             gdc_launch_dependents()
         n0 = (at.stop - 1) * c.tile_n
-        x, lse = last_output(v, it, state, rows, n0, at.stop - at.tile > 1, c)
+        x, lse = last_output(v, it, state, rows, n0, at.stop - at.tile > 1, scales[0], c)
         it += 1
         finish_segment(work, results, at, parts, x, lse, counters, part, group, c)
         going = at.left > 0

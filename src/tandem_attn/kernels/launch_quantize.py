@@ -261,7 +261,8 @@ class QuantizePlan:
 
     def _means(self, stream: int, k, signs, cos, sin, lengths) -> tuple[torch.Tensor, torch.Tensor]:
         """(k_mean, the same as quantize_tiles subtracts it)."""
-        spec, config = self.spec, dataclasses.replace(self.config, sums=True, early=False)
+        spec = self.spec
+        config = dataclasses.replace(self.config, sums=True, early=False, granularity="block")
         shape = (spec.batch, spec.num_kv_heads, spec.head_dim)
         k_mean = torch.empty(shape, dtype=torch.float32, device=spec.device)
         means = torch.empty(shape, dtype=torch.float32, device=spec.device) if spec.rotate else k_mean
