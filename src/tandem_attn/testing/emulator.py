@@ -353,7 +353,8 @@ class PlainConfig:
 
     def __getattr__(self, name: str):
         if name in ("dtype", "out_dtype"):
-            return Language.float8e4nv if name == "dtype" and self._config.fp8 else Language.bfloat16
+            e4m3 = name == "dtype" and self._config.element == "fp8e4nv"
+            return Language.float8e4nv if e4m3 else Language.bfloat16
         value = getattr(self._config, name)
         if name in ("Mask", "Sequences", "Schedule", "Precision"):
             return getattr(self._modules[value.__module__], value.__name__)
