@@ -26,6 +26,7 @@ from tandem_attn.testing import Case, Inputs, assert_right, make, run
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TILES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+GUARD, SENTINEL = 1024, -1234.0  # elements, on both sides of results: the fixture `guarded`
 FULL, CAUSAL, WINDOW = {}, {"causal": True}, {"window": (100, 37)}
 MASKS = (FULL, CAUSAL, WINDOW)
 

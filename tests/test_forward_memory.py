@@ -4,17 +4,16 @@ NaN around inputs, guards around results, every stride that users have, addresse
 elements than 32 bits count.
 """
 
-import math
-import sys
-
 import pytest
 import torch
 from gpu_cases import (
     BF16,
     CAUSAL,
     FULL,
+    GUARD,
     MANY,
     PACKED,
+    SENTINEL,
     SOME,
     USED,
     WINDOW,
@@ -31,8 +30,6 @@ from tandem_attn import explain, flash_attn_func, flash_attn_varlen_func
 from tandem_attn.testing import Case, Inputs, assert_right, make, run
 
 pytestmark = pytest.mark.gpu
-
-GUARD, SENTINEL = 1024, -1234.0  # elements, on both sides
 
 
 # NaN in memory that does not count
@@ -61,29 +58,6 @@ def test_nan_outside_the_lengths_changes_no_bit(hopper, case):
 
 
 # Results, and nothing around them, are written
-
-
-@pytest.fixture
-def guarded(monkeypatch):
-    """Results lie inside larger memory, NaN within and SENTINEL around: list of (result, all of it)."""
-    given = []
-
-    def inside_guards(allocate):
-        def wrapper(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            if sys._getframe(1).f_globals.get("__name__") != "tandem_attn.kernels.launch":
-                return out
-            assert out.is_contiguous()
-            whole = torch.full((out.numel() + 2 * GUARD,), SENTINEL, dtype=out.dtype, device=out.device)
-            inner = whole[GUARD:-GUARD].fill_(math.nan).view(out.shape)
-            given.append((inner, whole))
-            return inner
-
-        return wrapper
-
-    for function in ("empty_like", "empty"):
-        monkeypatch.setattr(torch, function, inside_guards(getattr(torch, function)))
-    return given
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 
 import pytest
 import torch
@@ -23,7 +22,9 @@ from fp8_cases import (
 from gpu_cases import (
     CAUSAL,
     FULL,
+    GUARD,
     MANY,
+    SENTINEL,
     SOME,
     USED_K,
     USED_Q,
@@ -35,6 +36,7 @@ from gpu_cases import (
 )
 from test_forward_repeat import Traffic, bits
 from test_fp8_gpu import kernels  # noqa: F401 - the fixture: FP8 kernels are compiled ahead
+from test_gpu_runtime import captured
 
 from tandem_attn import Fp8Tensors, flash_attn_func
 from tandem_attn.quant import BLOCK_K, BLOCK_Q, PADDING
@@ -42,8 +44,6 @@ from tandem_attn.spec import E4M3
 from tandem_attn.testing import Case, Inputs
 
 gpu = pytest.mark.gpu
-GUARD, SENTINEL = 1024, -1234.0  # elements, on both sides
-
 CASES = [
     dense((201, 255), (64, 64), (4, 2), batch=3),
     dense((201, 255), (128, 128), (4, 2), batch=3, **CAUSAL),
@@ -143,28 +143,6 @@ def test_nan_around_16_bits_changes_no_bit(hopper, case):
 # Results, and nothing around them, are written
 
 
-@pytest.fixture
-def guarded(monkeypatch) -> list:
-    """What the launch allocates lies inside larger memory, NaN within and SENTINEL around."""
-    given = []
-
-    def inside_guards(allocate):
-        def wrapper(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            if sys._getframe(1).f_globals.get("__name__") != "tandem_attn.kernels.launch":
-                return out
-            assert out.is_contiguous()
-            whole = torch.full((out.numel() + 2 * GUARD,), SENTINEL, dtype=out.dtype, device=out.device)
-            given.append(whole)
-            return whole[GUARD:-GUARD].fill_(math.nan).view(out.shape)
-
-        return wrapper
-
-    for function in ("empty_like", "empty"):
-        monkeypatch.setattr(torch, function, inside_guards(getattr(torch, function)))
-    return given
-
-
 @gpu
 @pytest.mark.parametrize("case", [*CASES, dense((70, 20_001), (256, 256))], ids=name)
 def test_nothing_else_is_written(hopper, guarded, case):
@@ -181,7 +159,7 @@ def test_nothing_else_is_written(hopper, guarded, case):
     if hopper.type == "cpu":
         return
     assert len(guarded) >= 2, "out, lse, and where O is added up in parts those"
-    for whole in guarded:
+    for _, whole in guarded:
         assert (whole[:GUARD] == SENTINEL).all() and (whole[-GUARD:] == SENTINEL).all()
     if case.varlen:  # not promised, but so it is: rows of no sequence are left alone
         undeclared = torch.ones(out.shape[0], dtype=torch.bool, device=hopper)
@@ -368,19 +346,6 @@ def test_nothing_waits_for_the_device(cuda, case, call):
             attend_e4m3(case, e4m3, **descales)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def captured(call):
-    """(graph, what the call returned into it)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
 
 
 @gpu

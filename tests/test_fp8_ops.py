@@ -19,7 +19,7 @@ from fp8_cases import (
     with_leaves,
 )
 from gpu_cases import BF16, FP16, name, packed
-from torch._dynamo.testing import CompileCounterWithBackend
+from test_ops import compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tandem_attn import (
@@ -159,12 +159,6 @@ def test_both_roads_give_the_same_bits(case, recipe):
 
 
 # torch.compile
-
-
-def compiled(function):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(function, fullgraph=True, dynamic=True, backend=counter), counter
 
 
 @pytest.mark.parametrize("recipe", [None, *RECIPES[1:]], ids=str)

@@ -66,7 +66,8 @@ class _Nothing:
     @staticmethod
     def forward(spec: AttentionSpec):
         def plan(q, *_):
-            return q.new_zeros(spec.out_shape), q.new_full(spec.lse_shape, -math.inf, dtype=spec.lse_dtype)
+            out = q.new_zeros(spec.out_shape, dtype=spec.dtype)
+            return out, q.new_full(spec.lse_shape, -math.inf, dtype=spec.lse_dtype)
 
         return plan
 
@@ -97,13 +98,7 @@ class _Nothing:
 
     @staticmethod
     def fp8(spec: Fp8Spec):
-        answer = spec.attention
-
-        def plan(q, *_, **__):
-            out = q.new_zeros(answer.out_shape, dtype=answer.dtype)
-            return out, q.new_full(answer.lse_shape, -math.inf, dtype=answer.lse_dtype)
-
-        return plan
+        return _Nothing.forward(spec.attention)
 
     @staticmethod
     def decode(spec: DecodeSpec):

@@ -5,7 +5,15 @@ from __future__ import annotations
 from tandem_attn.bench.caches import ROTATED_BYTES
 from tandem_attn.bench.decode_peers import MARK
 from tandem_attn.bench.providers import OURS
-from tandem_attn.bench.report import number, print_heading, print_table, ratio, some
+from tandem_attn.bench.report import (
+    absences,
+    copy_speed,
+    number,
+    print_heading,
+    print_table,
+    ratio,
+    some,
+)
 
 
 def cell(record: dict, name: str) -> str:
@@ -62,12 +70,7 @@ def _row(record: dict, live: list[str], recorded: list[str], compared: bool) -> 
 
 def remarks(document: dict) -> list[str]:
     """What the tables cannot say: absences, failures, labels, means."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in document["providers"].items():
-        if reason:
-            reasons.setdefault(reason, []).append(name)
-    found = [f"copy from the device to itself: {number(document['copy_gb_per_s'])} GB/s read and written"]
-    found += [f"absent: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    found = [copy_speed(document), *absences(document)]
     if any(record["recorded"] for record in document["cases"]):
         found.append(f"* {document['recorded_where']}")
     texts: dict[str, list[str]] = {}

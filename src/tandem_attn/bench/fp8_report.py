@@ -136,14 +136,9 @@ def _needles(records: list[dict]) -> Table:
 
 def remarks(document: dict) -> list[str]:
     """What the tables cannot say: absences, failures, means."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in document["providers"].items():
-        if reason:
-            reasons.setdefault(reason, []).append(name)
-    found = [f"absent: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    found = report.absences(document)
     if document["copy_gb_per_s"]:
-        copy = number(document["copy_gb_per_s"])
-        found.append(f"copy from the device to itself: {copy} GB/s read and written")
+        found.append(report.copy_speed(document))
     if any(record.get("recorded") for record in document["cases"]):
         found.append(f"* not in this run: {document['recorded_where']}")
     texts: dict[str, list[str]] = {}

@@ -144,14 +144,10 @@ def _row(record: dict, live: list[str], recorded: list[str]) -> list[str]:
 
 def remarks(document: dict) -> list[str]:
     """What the tables cannot say: absences, failures, labels, means."""
-    groups: dict[str, list[str]] = {}
-    for name, reason in document["providers"].items():
-        if reason:
-            groups.setdefault(reason, []).append(name)
-    found = [f"absent: {', '.join(names)}: {reason}" for reason, names in groups.items()]
+    found = absences(document)
     if any(record["recorded"] for record in document["cases"]):
         found.append(f"* {document['recorded_where']}")
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for record in document["cases"]:
         for name, result in record["results"].items():
             if "wrong" in result:
@@ -173,6 +169,21 @@ def remarks(document: dict) -> list[str]:
         if mean["ratio"] is not None:
             found.append(f"{group}: {OURS_DETERMINISTIC} is {_mean(mean, 'x ' + OURS)}")
     return found
+
+
+def absences(document: dict) -> list[str]:
+    """Which providers were not there, those of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in document["providers"].items():
+        if reason:
+            names.setdefault(reason, []).append(name)
+    return [f"absent: {', '.join(those)}: {reason}" for reason, those in names.items()]
+
+
+def copy_speed(document: dict) -> str:
+    """What memory gives, to judge speeds by."""
+    copy = number(document["copy_gb_per_s"])
+    return f"copy from the device to itself: {copy} GB/s read and written"
 
 
 def _mean(mean: dict, what: str) -> str:

@@ -26,6 +26,7 @@ from tandem_attn.kernels.question import (
     head_dim_reasons,
     scale_reasons,
     score_scales,
+    stride_reasons,
     window_numbers,
 )
 from tandem_attn.spec import AttentionSpec
@@ -57,19 +58,12 @@ def _layout_reasons(spec: AttentionSpec) -> list[str]:
     said = []
     if not spec.aligned:
         said.append("q, k or v does not start at a multiple of 16 bytes, which TMA needs")
-    for name, shape, stride in _operands(spec):
-        if stride[-1] != 1:
-            said.append(f"{name}'s last dimension has stride {stride[-1]}; TMA needs 1")
-        for size, step in zip(shape[:-1], stride[:-1], strict=True):
-            if size > 1 and (step % 8 or not 0 <= step < 2**38):
-                said.append(
-                    f"{name} has strides {tuple(stride)}; TMA needs multiples of 8 elements (16 bytes)"
-                )
-                break
+    for name, shape, stride in operands(spec):
+        said += stride_reasons(name, shape, stride)
     return said
 
 
-def _operands(spec: AttentionSpec):
+def operands(spec: AttentionSpec):
     """(name, shape, strides) of q, k and v, ending in (..., rows, heads, head_dim)."""
     rows_q = (spec.total_q,) if spec.varlen else (spec.batch, spec.seqlen_q)
     rows_k = (spec.total_k,) if spec.varlen else (spec.batch, spec.seqlen_k)
@@ -168,7 +162,7 @@ class ForwardPlan:
     def __init__(self, spec: AttentionSpec, config: ForwardConfig, v_geometry=None, factors=(0, 0, 0)):
         self.spec, self.config, self.factors = spec, config, factors
         out_stride = tuple(math.prod(spec.out_shape[i + 1 :]) for i in range(len(spec.out_shape)))
-        shapes = [(shape, stride) for _, shape, stride in _operands(spec)] + [(spec.out_shape, out_stride)]
+        shapes = [(shape, stride) for _, shape, stride in operands(spec)] + [(spec.out_shape, out_stride)]
         self.geometry = [descriptor_geometry(*s) for s in shapes]
         if v_geometry is not None:
             self.geometry[2] = v_geometry

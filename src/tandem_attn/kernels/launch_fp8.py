@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from tandem_attn.kernels.config_fp8 import fp8_config
-from tandem_attn.kernels.launch import MAX_TILES, ForwardPlan, num_tiles_bound
-from tandem_attn.kernels.question import UNBOUNDED, device_reasons, element_reasons, scale_reasons
+from tandem_attn.kernels.launch import MAX_TILES, ForwardPlan, num_tiles_bound, operands
+from tandem_attn.kernels.question import (
+    UNBOUNDED,
+    device_reasons,
+    element_reasons,
+    head_dim_reasons,
+    scale_reasons,
+    stride_reasons,
+)
 from tandem_attn.spec_fp8 import Fp8Spec
 
 NAME = "gluon"
+STEP = 16  # elements of 16 bytes, which TMA counts in
 
 
 def fp8_reasons(spec: Fp8Spec) -> list[str]:
@@ -17,20 +25,12 @@ def fp8_reasons(spec: Fp8Spec) -> list[str]:
         return said
     question = spec.attention
     said += element_reasons(question.dtype)
-    said += _head_dim_reasons(question.head_dim, question.head_dim_v)
+    said += head_dim_reasons(question.head_dim, question.head_dim_v, STEP, " in FP8")
     said += scale_reasons(question.softmax_scale)
     said += _layout_reasons(spec)
     if num_tiles_bound(question, 128) >= MAX_TILES or max(question.total_q, question.total_k) >= UNBOUNDED:
         said.append(f"{question.total_q} query rows and {question.total_k} keys: more than 32 bits count")
     return said
-
-
-def _head_dim_reasons(head_dim: int, head_dim_v: int) -> list[str]:
-    return [
-        f"{name} is {dim}; supported in FP8: multiples of 16 up to 256"
-        for name, dim in (("head_dim", head_dim), ("head_dim_v", head_dim_v))
-        if dim % 16 or not 0 < dim <= 256
-    ]
 
 
 def _layout_reasons(spec: Fp8Spec) -> list[str]:
@@ -39,17 +39,8 @@ def _layout_reasons(spec: Fp8Spec) -> list[str]:
     said = []
     if not question.aligned:
         said.append("q, k or v_t does not start at a multiple of 16 bytes, which TMA needs")
-    rows_q = (question.batch, question.seqlen_q) if not question.varlen else (question.total_q,)
-    rows_k = (question.batch, question.seqlen_k) if not question.varlen else (question.total_k,)
-    for name, shape, stride in (
-        ("q", (*rows_q, question.num_heads), question.q_stride),
-        ("k", (*rows_k, question.num_kv_heads), question.k_stride),
-    ):
-        if stride[-1] != 1:
-            said.append(f"{name}'s last dimension has stride {stride[-1]}; TMA needs 1")
-        steps = [s for n, s in zip(shape, stride, strict=False) if n > 1]
-        if any(s % 16 or not 0 <= s < 2**38 for s in steps):
-            said.append(f"{name} has strides {tuple(stride)}; TMA needs multiples of 16 elements")
+    for name, shape, stride in operands(question)[:2]:  # v_t is contiguous
+        said += stride_reasons(name, shape, stride, STEP)
     return said
 
 

@@ -29,13 +29,25 @@ def element_reasons(dtype: torch.dtype) -> list[str]:
     return [] if dtype in ELEMENTS else [f"dtype is {dtype}; supported: float16, bfloat16"]
 
 
-def head_dim_reasons(head_dim: int, head_dim_v: int) -> list[str]:
-    """Why no tile holds heads of these sizes."""
+def head_dim_reasons(head_dim: int, head_dim_v: int, step: int = 8, where: str = "") -> list[str]:
+    """Why no tile holds heads of these sizes; `step`: elements of 16 bytes."""
     return [
-        f"{name} is {dim}; supported: multiples of 8 up to 256"
+        f"{name} is {dim}; supported{where}: multiples of {step} up to 256"
         for name, dim in (("head_dim", head_dim), ("head_dim_v", head_dim_v))
-        if dim % 8 or not 0 < dim <= 256
+        if dim % step or not 0 < dim <= 256
     ]
+
+
+def stride_reasons(name: str, shape, stride, step: int = 8) -> list[str]:
+    """Why TMA cannot load a tensor: it wants neighbours along the last dimension and multiples of 16 bytes,
+    `step` elements, along the others."""
+    said = []
+    if stride[-1] != 1:
+        said.append(f"{name}'s last dimension has stride {stride[-1]}; TMA needs 1")
+    steps = (s for size, s in zip(shape[:-1], stride[:-1], strict=True) if size > 1)
+    if any(s % step or not 0 <= s < 2**38 for s in steps):
+        said.append(f"{name} has strides {tuple(stride)}; TMA needs multiples of {step} elements (16 bytes)")
+    return said
 
 
 def scale_reasons(softmax_scale: float) -> list[str]:
