@@ -21,7 +21,7 @@ from gpu_cases import _NoDriver
 from test_decode_reference import FEATURES
 
 import tandem_attn
-from tandem_attn.spec_decode import DecodeSpec, Given
+from tandem_attn.spec_decode import AppendSpec, DecodeSpec, Given
 from tandem_attn.testing.decode_inputs import SPARE, DecodeCase, DecodeInputs, run_decode
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -302,10 +302,18 @@ def compile_kernel(case: DecodeCase) -> list[str]:
 
     Only for a process of its own: the drivers of Triton and torch are replaced.
     """
+    tensors = tensors_of(case)
+    if case.rotary:
+        tensors["q"] = tensors["q"].contiguous()
+    return compile_call(tensors, spec_of(case))
+
+
+def compile_call(tensors: dict, spec: DecodeSpec, first: AppendSpec | None = None) -> list[str]:
+    """The same for the arguments of a call, without memory, and what they ask; `first`: before that."""
     import triton
 
     from tandem_attn import arch
-    from tandem_attn.kernels import launch_decode, launcher
+    from tandem_attn.kernels import append, launch_decode, launcher
 
     made = []
 
@@ -326,14 +334,18 @@ def compile_kernel(case: DecodeCase) -> list[str]:
     triton.runtime.driver.set_active(_NoDriver())
     multiprocessors = int(os.environ.get("TANDEM_TEST_MULTIPROCESSORS", 132))
     arch._properties = lambda index: (9, 0, multiprocessors)
-    launch_decode.KernelLauncher = Noted
+    launch_decode.KernelLauncher = append.KernelLauncher = Noted
     torch._C._cuda_getDevice = torch._C._cuda_getCurrentRawStream = lambda *_: 0
-    tensors, spec = tensors_of(case), spec_of(case)
-    cache, new, _ = Given(**tensors).parts()
+    given = Given(**tensors)
+    cache, new, rotary = given.parts()
     plan = launch_decode.decode(spec)
-    out = torch.empty(spec.out_shape, dtype=case.dtype, device="meta")
+    out = torch.empty(spec.out_shape, dtype=spec.dtype, device="meta")
     workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device="meta")
-    plan(tensors["q"].contiguous() if case.rotary else tensors["q"], cache, new, out, workspace, False)
+    plan(given.q, cache, new, out, workspace, False)
+    if first is not None:
+        plan = launch_decode.append(first)
+        plan.nothing = torch.empty(1, dtype=torch.int32, device="meta")
+        plan(given.q, given.k, given.v, cache, new, rotary)
     return made
 
 

@@ -236,13 +236,14 @@ def assert_near(case: Case, inputs: Inputs, found: tuple, expected: tuple, rmse=
         assert torch.count_nonzero(part[0][rows]) == 0, f"{case.id}: rows without keys of sequence {i}"
 
 
-# Questions for a GPU. Shapes vary freely, kernels do not: see `gpu_cases.py`. A mean subtracted makes another
-# kernel (lse is corrected), so that cases of FlashAttention-3's entry are few.
+# Questions for a GPU. Shapes vary freely, kernels do not: see `gpu_cases.py`. Means subtracted make another
+# kernel (lse is corrected, V's mean added), so that cases of FlashAttention-3's entry and of V_SMOOTHED are
+# few.
 
 
 def recipe_for(case: Case) -> Fp8Recipe:
-    """As much of the recipe as a case allows."""
-    return Fp8Recipe(rotate=case.head_dim % 32 == 0, smooth_k=not case.softcap)
+    """As much of the recipe as a case allows; V without its mean in cases that are for that."""
+    return Fp8Recipe(rotate=case.head_dim % 32 == 0, smooth_k=not case.softcap, smooth_v=case in V_SMOOTHED)
 
 
 _LENGTHS = ((113, 203), (239, 1), (300, 770), (1023, 1022), (1, 1), (129, 129), (193, 257))
@@ -295,6 +296,18 @@ BLIND = [  # rows and tiles that see nothing
 ]
 QUESTIONS = [*GRID, *WIDTHS, *HEADS, *CAPS, *SEQUENCES, *BLIND]
 
+# Shapes that are nowhere else, of few kernels
+V_SMOOTHED = [
+    *(dense((311, 777), (d, d), (4, 2), batch=2, **mask) for d in (64, 128, 256) for mask in (FULL, CAUSAL)),
+    dense((311, 777), (128, 80), (6, 2), batch=2, **CAUSAL),
+    dense((711, 77), **CAUSAL),  # rows and tiles that see nothing
+    dense((311, 777), **WINDOW),
+    packed(SOME, (128, 128), (6, 2), **CAUSAL),
+    packed(SPARSE, (128, 128), (6, 2), **CAUSAL),
+    packed(SOME, (128, 128), (6, 2), used_q=USED_Q, used_k=USED_K, **CAUSAL),
+    packed(SOME, (256, 256), (6, 2)),
+]
+
 # FlashAttention-3's entry, and one key that wins each row
 EXACT = [
     *(dense((257, 383), (d, d), (4, 2), batch=2, **FULL) for d in (64, 128)),
@@ -344,7 +357,7 @@ def distinct_kernels() -> dict:
     """Every kernel of the cases above: a case and recipe that need it."""
     from tandem_attn.kernels.config_fp8 import fp8_config
 
-    asked = [(case, recipe_for(case)) for case in [*QUESTIONS, *itertools.chain(*FAR), *REPEATS]]
+    asked = [(case, recipe_for(case)) for case in [*QUESTIONS, *V_SMOOTHED, *itertools.chain(*FAR), *REPEATS]]
     asked += [(case, PLAIN) for case in EXACT]
     found = {}
     for case, recipe in reversed(asked):
@@ -352,7 +365,8 @@ def distinct_kernels() -> dict:
         question = spec.attention
         if not spec.is_empty:
             used = (question.has_seqused_q, question.has_seqused_k)
-            found[(fp8_config(question), *used, spec.corrects_lse)] = (case, recipe)
+            corrections = (spec.corrects_lse, spec.adds_mean)
+            found[(fp8_config(question), *used, *corrections)] = (case, recipe)
     return found
 
 
@@ -370,7 +384,8 @@ def compile_kernel(case: Case, recipe: Fp8Recipe) -> str:
     rank = 3 if question.varlen else 4
     operands = [meta(rank, E4M3), meta(rank, E4M3), meta(4, E4M3), meta(rank, question.dtype)]
     factor = meta(1, F32)
-    factors = (factor, factor, factor, factor if spec.corrects_lse else None)
+    corrections = (factor if has else None for has in (spec.corrects_lse, spec.adds_mean))
+    factors = (factor, factor, factor, *corrections)
     starts = meta(1, torch.int32) if question.varlen else None
     used = [starts if has else None for has in (question.has_seqused_q, question.has_seqused_k)]
     counter = meta(1, torch.int32) if plan.dynamic else None

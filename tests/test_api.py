@@ -194,6 +194,7 @@ def test_drop_in_for_flash_attn_interface():
 
 def test_public_names():
     public = {
+        "SCALE_BLOCK",
         "Fp8Recipe",
         "Fp8Tensors",
         "PagedKVCache",

@@ -90,6 +90,7 @@ def test_the_table_of_recipes_has_the_shape_that_the_plot_names():
     assert fp8_cases.ROWS["fp8-full"].recipe == tandem_attn.Fp8Recipe()
     baseline = fp8_cases.ROWS["fp8-per-tensor"].recipe
     assert baseline == tandem_attn.Fp8Recipe(rotate=False, smooth_k=False, granularity="tensor")
+    assert fp8_cases.ROWS["fp8-v-mean-off"].recipe.smooth_v
 
 
 # The check

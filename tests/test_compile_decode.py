@@ -37,9 +37,16 @@ REGISTERS = 64 * 1024  # of a multiprocessor
 SPILLS = {
     "64": (48, "Triton 3.7.1, which takes 128 registers where others take 141"),
     "128_rows_of_256": (1024, "128 registers of O and 64 of Q, of 232 that a consumer has"),
+    "fp8_256": (48, "2 warps: 128 registers of O, tiles and what they are unpacked to"),
+    "fp8_256_masks": (96, "as fp8_256"),
+    "fp8_page_64_of_256": (48, "as fp8_256"),
+    "fp8_32_rows": (160, "64 registers of O twice, and 32 of unpacked keys at a time"),
+    "fp8_128_rows_of_256": (400, "128 registers of O and 64 of Q, of 216 that a consumer has"),
+    "fp8_128_rows_page_16": (256, "Triton 3.9, which copies P in front of wgmma"),
     "128x256": (160, "2 warps: 128 registers of O, Q and both strides; no model has such heads"),
 }
-SPILLS_OF_TILES = {("3.9.0", "128_rows_of_256"): 1}  # instructions in loops over tiles; else none
+# instructions in loops over tiles; else none
+SPILLS_OF_TILES = {("3.9.0", "128_rows_of_256"): 1, ("3.9.0", "fp8_128_rows_page_16"): 8}
 
 
 @functools.cache
@@ -103,6 +110,7 @@ def test_cases_hold_every_kind():
         assert (WarpKeys, GatheredTiles, 16, width) in kinds
         assert (GroupRows if width == 64 else WarpRows, LoadedTiles, 64, width) in kinds
         assert (GroupRows, LoadedTiles, 128, width) in kinds
+        assert {(16, width), (64, width)} <= {(c.tile_m, c.head_dim) for c in configs if c.scaled}
     assert {c.Splits for c in configs} == {SharedSplits, CountedSplits, SizedSplits}
     assert {(c.Tiles, c.element) for c in configs} == {
         (t, e) for t in (LoadedTiles, GatheredTiles) for e in ("bf16", "fp16")

@@ -162,7 +162,7 @@ def test_names_of_variants_are_unique():
 
 
 def test_every_variant_has_a_cache_key_of_its_own():
-    keys = [forward_source(v.config, v.seqused).hash() for v in variants()]
+    keys = [forward_source(v.config, v.seqused, v.adds_mean).hash() for v in variants()]
     assert len(set(keys)) == len(keys)
 
 

@@ -218,16 +218,18 @@ def merged_columns(results, parts, r, keep, start, width, layout, config):
     return columns, array([float(row) for row in rows])
 
 
+def stand_in(language):
+    """For device/gluon.py, with what these kernels' files import."""
+    unused = ("async_copy", "async_load", "mma_v2", "reinterpreted", "thread_barrier", "COPIES_OPERANDS")
+    unused = dict.fromkeys(unused, None)
+    return gluon_module(language, gdc_wait=lambda: None, gdc_launch_dependents=lambda: None, **unused)
+
+
 @functools.cache
 def in_plain_python() -> tuple[Grid, dict]:
     """(the language, the modules of the kernels)."""
-    language, unused = (
-        Grid(),
-        ("async_copy", "async_load", "mma_v2", "reinterpreted"),
-    )
-    unused = dict.fromkeys((*unused, "thread_barrier", "COPIES_OPERANDS"))
-    gluon = gluon_module(language, gdc_wait=lambda: None, gdc_launch_dependents=lambda: None, **unused)
-    modules = device_work(None, ("kernels.append", "kernels.combine"), gluon)
+    language = Grid()
+    modules = device_work(None, ("kernels.append", "kernels.combine"), stand_in(language))
     modules["partials"].merged_columns = merged_columns
     return language, modules
 

@@ -78,8 +78,8 @@ MISTAKES = {
     "FP8": (
         DENSE,
         with_("k_cache", lambda x: x.to(torch.float8_e4m3fn)),
-        NotImplementedError,
-        "k_cache is .*float8.*not over a cache yet",
+        TypeError,
+        "v_cache is of dtype torch.float32; supported: torch.float8_e4m3fn, as the other cache",
     ),
     "new type": (APPEND, with_("k", lambda x: x.double()), TypeError, "k is of dtype torch.float64"),
     "elsewhere": (DENSE, with_("k_cache", lambda x: x.to("meta")), ValueError, "k_cache is on meta; .*cpu"),
@@ -341,9 +341,9 @@ MISTAKES = {
     "last position": (ROTARY, {"rotary_seqlens": int32(0, 22)}, ValueError, "rotary_cos is of 22 positions"),
     # not written yet
     "qv": (DENSE, {"qv": torch.zeros(1)}, NotImplementedError, "qv is a Tensor; supported: None"),
-    "q_descale": (DENSE, {"q_descale": torch.ones(1)}, NotImplementedError, "q_descale is"),
-    "k_descale": (DENSE, {"k_descale": torch.ones(1)}, NotImplementedError, "k_descale is"),
-    "v_descale": (DENSE, {"v_descale": torch.ones(1)}, NotImplementedError, "v_descale is"),
+    "q_descale": (DENSE, {"q_descale": torch.ones(2, 2)}, ValueError, "q_descale is given for q of"),
+    "k_descale": (DENSE, {"k_descale": torch.ones(2, 2)}, ValueError, "k_descale is given for k_cache of"),
+    "v_descale": (DENSE, {"v_descale": torch.ones(2, 2)}, ValueError, "v_descale is given for v_cache of"),
     "chunk": (DENSE, {"attention_chunk": 128}, NotImplementedError, "attention_chunk is 128; supported: 0"),
 }
 

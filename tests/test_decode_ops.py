@@ -40,13 +40,15 @@ def operands(case, inputs=None):
     """The flat arguments of (append_kv, decode) for a case; numbers everywhere, for what compares them."""
     inputs = make_decode(case) if inputs is None else inputs
     for name in ("k_cache", "v_cache", "q", "k", "v"):
-        if name in inputs.tensors:
+        if name in inputs.tensors and inputs.tensors[name].itemsize > 1:
             inputs.tensors[name].nan_to_num_(0.0)
     given = Given(**inputs.tensors)
     cache, new, rotary = given.parts()
-    splits = (case.num_splits, case.split_size, case.rotary == "interleaved")
-    flat = (*cache[2:], *new, given.max_seqlen_q, None, *case.bounds, case.softcap, 0, *splits)
-    return (given.q, *cache[:2], given.k, given.v, *rotary, *flat), (given.q, *cache[:2], *flat)
+    place = (*cache[2:], *new, given.max_seqlen_q)
+    options = (None, *case.bounds, case.softcap, 0, case.num_splits, case.split_size)
+    options += (case.rotary == "interleaved",)
+    appends = ops_decode.append_arguments(given, rotary, cache, place)
+    return (*appends, *options), (given.q, *cache[:2], *place, *options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -100,7 +102,7 @@ def test_operators_check_before_they_write():
     case = DecodeCase(dtype=F32, new=2, seqlens=(20, 31))
     for arguments in operands(case):
         before = [x.clone() for x in arguments[1:3]]
-        operator = getattr(torch.ops.tandem_attn, "append_kv" if len(arguments) > 21 else "decode")
+        operator = getattr(torch.ops.tandem_attn, "append_kv" if len(arguments) > 24 else "decode")
         with pytest.raises(ValueError, match="cache_seqlens is 31 at 1, with 2 keys to append"):
             operator(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(arguments[1:3], before, strict=True))
@@ -243,8 +245,8 @@ def test_operators_decide_once_for_all_lengths():
     case = DecodeCase(dtype=F32, new=1, seqlens=4)
     for length in range(9):
         appends, decodes = operands(case)
-        assert decodes[4] == appends[9] == 4
-        torch.ops.tandem_attn.append_kv(*appends[:9], length, *appends[10:])
+        assert decodes[4] == appends[11] == 4
+        torch.ops.tandem_attn.append_kv(*appends[:11], length, *appends[12:])
         torch.ops.tandem_attn.decode(*decodes[:4], length, *decodes[5:])
     assert len(ops_decode._plans) == len(ops_decode._decode_plans) == 1
 

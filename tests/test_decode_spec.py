@@ -212,8 +212,9 @@ def test_lengths_are_not_part_of_a_question():
     }
     assert not fields & {"seqlen", "seqlen_k", "lengths"}
     assert question_of(DecodeCase(seqlens=5)) == question_of(DecodeCase(seqlens=9))
-    assert Cache._fields == ("k", "v", "seqlens", "seqlen", "batch_idx", "leftpad", "page_table")
-    assert New._fields == ("cu_seqlens_q", "cu_seqlens_k_new", "seqlen_new")
+    places = ("seqlens", "seqlen", "batch_idx", "leftpad", "page_table")
+    assert Cache._fields == ("k", "v", *places, "k_descale", "v_descale")
+    assert New._fields == ("cu_seqlens_q", "cu_seqlens_k_new", "seqlen_new", "q_descale")
 
 
 def test_explanations():

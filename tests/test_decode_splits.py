@@ -16,7 +16,8 @@ from test_decode_work import POLICIES, Batch, asked, shares, work_of
 
 from tandem_attn import arch
 from tandem_attn.device import splits
-from tandem_attn.kernels.config_decode import blocks_of_rows, programs_per_head
+from tandem_attn.kernels.config_decode import programs_per_head
+from tandem_attn.kernels.decode_tiles import blocks_of_rows
 from tandem_attn.kernels.launch_decode import DecodePlan
 from tandem_attn.testing.plain import array
 

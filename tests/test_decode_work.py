@@ -26,7 +26,8 @@ from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.division import division_magic
 from tandem_attn.kernels import config_decode
 from tandem_attn.kernels.config import SHARED_MEMORY
-from tandem_attn.kernels.config_decode import decode_config, pieces_of_a_tile, programs_per_head, tile_rows
+from tandem_attn.kernels.config_decode import decode_config, programs_per_head
+from tandem_attn.kernels.decode_tiles import pieces_of_a_tile, tile_rows
 from tandem_attn.kernels.launch_decode import UNBOUNDED, DecodePlan
 from tandem_attn.spec import Window
 from tandem_attn.spec_decode import DecodeSpec
@@ -387,8 +388,11 @@ def asked(
         split_size=None, sm_margin=0, q_stride=(tokens * heads * head_dim, heads * head_dim, head_dim, 1),
         k_stride=(slots * kv_heads * head_dim, kv_heads * head_dim, head_dim, 1),
         v_stride=(slots * kv_heads * dim_v, kv_heads * dim_v, dim_v, 1), table_stride=capacity, aligned=True,
+        descale_block=0, q_descale_stride=(), k_descale_stride=(), v_descale_stride=(),
     )  # fmt: skip
-    return DecodeSpec(**(fields | facts))
+    fields |= facts
+    kinds = dict(q_dtype=fields["dtype"], cache_dtype=fields["dtype"])
+    return DecodeSpec(**(kinds | fields))
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 136, 192, 256])

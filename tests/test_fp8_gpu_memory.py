@@ -8,6 +8,7 @@ import torch
 from fp8_cases import (
     EXACT,
     REPEATS,
+    V_SMOOTHED,
     attend_e4m3,
     attend_fp8,
     attended,
@@ -55,6 +56,7 @@ CASES = [
     packed(MANY, (64, 64), window=(100, 37)),
     packed(SOME, used_q=USED_Q, used_k=USED_K, **CAUSAL),
     packed(SOME, (64, 64), used_q=USED_Q, used_k=USED_K),
+    *V_SMOOTHED,
 ]
 
 
@@ -90,7 +92,7 @@ def blocks(lengths: tuple, used: tuple, size: int, unit: int) -> list[tuple[int,
 
 def poisoned(case: Case, x: Fp8Tensors) -> Fp8Tensors:
     """The same FP8 tensors, NaN wherever nothing is promised."""
-    fields = ("q", "k", "v_t", "q_descale", "k_descale", "v_descale", "lse_shift")
+    fields = ("q", "k", "v_t", "q_descale", "k_descale", "v_descale", "lse_shift", "v_mean")
     new = {f: getattr(x, f) for f in fields if getattr(x, f) is not None}
     if case.varlen:
         rows, keys = (

@@ -49,7 +49,7 @@ F32 = torch.float32
 
 def flat_recipe(recipe: Fp8Recipe) -> tuple:
     given = isinstance(recipe.signs, tuple)
-    facts = (recipe.rotate, recipe.smooth_k, recipe.granularity)
+    facts = (recipe.rotate, recipe.smooth_k, recipe.smooth_v, recipe.granularity)
     return (*facts, list(recipe.signs) if given else [], 0 if given else recipe.signs)
 
 
@@ -58,6 +58,7 @@ RECIPES = [
     PLAIN,
     Fp8Recipe(granularity="head"),
     Fp8Recipe(smooth_k=False, granularity="tensor", signs=5),
+    Fp8Recipe(smooth_v=True),
 ]
 CHECKS = (
     "test_faketensor",
@@ -106,7 +107,7 @@ def test_opcheck_transpose(case):
 def test_opcheck_forward(case, recipe):
     inputs = inputs_of(case)
     x = quantized(inputs, recipe)
-    tensors = (x.q, x.k, x.v_t, x.q_descale, x.k_descale, x.v_descale, x.lse_shift)
+    tensors = (x.q, x.k, x.v_t, x.q_descale, x.k_descale, x.v_descale, x.lse_shift, x.v_mean)
     arguments = (*tensors, x.dtype, *flat_lengths(inputs), *flat_options(case))
     opcheck(torch.ops.tandem_attn.fp8_forward, arguments)
 
@@ -121,7 +122,8 @@ def test_fakes_have_the_shapes_of_the_real_thing(case, recipe):
         fakes = Inputs(*(mode.from_tensor(t) for t in leaves(inputs)), inputs.kwargs, [])
         y = quantized(fakes, recipe)
         fake = attended(y, fakes)
-    pairs = [(getattr(x, f), getattr(y, f)) for f in ("q", "k", "v_t", *DESCALES, "lse_shift", "k_mean")]
+    fields = ("q", "k", "v_t", *DESCALES, "lse_shift", "k_mean", "v_mean")
+    pairs = [(getattr(x, f), getattr(y, f)) for f in fields]
     for a, b in (*pairs, *zip(real, fake, strict=True)):
         assert (a is None) == (b is None)
         if a is not None:
@@ -152,7 +154,7 @@ def test_both_roads_give_the_same_bits(case, recipe):
     for field, a in zip(("q", "k", "v_t", *DESCALES), flat, strict=False):
         assert torch.equal(a.float(), getattr(x, field).float())
     out, lse = torch.ops.tandem_attn.fp8_forward(
-        *flat[:6], x.lse_shift, x.dtype, *flat_lengths(inputs), *flat_options(case)
+        *flat[:6], x.lse_shift, x.v_mean, x.dtype, *flat_lengths(inputs), *flat_options(case)
     )
     for a, b in zip((out, lse), attended(x, inputs), strict=True):
         assert torch.equal(a, b)
@@ -339,6 +341,7 @@ def test_every_difference_is_a_new_question(seen, granularity):
     changes = [
         dict(dtype=FP16),
         dict(lse_shift=torch.zeros(2, 4, 70)),
+        dict(v_mean=torch.zeros(2, 2, 32)),
         dict(q=x.q.transpose(1, 2).contiguous().transpose(1, 2)),
     ]
     for change in changes:
@@ -354,7 +357,7 @@ def test_every_recipe_is_a_new_question(seen):
         answers.append(quantize_qkv(q, q, q, recipe).q.float())
         quantize_qkv(q, q, q, recipe)
     assert len(seen) == len(recipes)
-    assert not torch.equal(answers[0], answers[4]) and not torch.equal(answers[4], answers[5])
+    assert not torch.equal(answers[0], answers[-3]) and not torch.equal(answers[-3], answers[-2])
 
 
 def test_every_difference_of_packed_lengths_is_a_new_question(seen):

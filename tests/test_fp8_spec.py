@@ -68,10 +68,10 @@ def e4m3_packed() -> dict:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_spec_of_tensors(packed, granularity):
     given = wide_packed() if packed else wide()
-    x = quantize_qkv(**given, recipe=Fp8Recipe(granularity=granularity))
+    x = quantize_qkv(**given, recipe=Fp8Recipe(granularity=granularity, smooth_v=True))
     spec = fp8_spec(x, OPTIONS._replace(window_left=150 if not packed else 200, window_right=0))
     question = spec.attention
-    assert spec.per_block == (granularity == "block") and spec.corrects_lse
+    assert spec.per_block == (granularity == "block") and spec.corrects_lse and spec.adds_mean
     assert spec.padded_k == (padded_rows(300, 2) if packed else 256)
     assert question.window == Window(-1, 0), "a side that reaches everything is none"
     assert question.softmax_scale == 32**-0.5 and question.dtype == torch.float32
@@ -101,7 +101,10 @@ def test_one_block_of_a_side_says_nothing_of_the_other(rows, keys, granularity):
 
 
 def test_no_mean_no_correction():
-    assert not fp8_spec(quantize_qkv(**wide(), recipe=PLAIN), OPTIONS).corrects_lse
+    for smooth_k, smooth_v in ((False, False), (True, False), (False, True)):
+        recipe = dataclasses.replace(PLAIN, smooth_k=smooth_k, smooth_v=smooth_v)
+        spec = fp8_spec(quantize_qkv(**wide(), recipe=recipe), OPTIONS)
+        assert (spec.corrects_lse, spec.adds_mean) == (smooth_k, smooth_v)
 
 
 def test_a_spec_has_no_addresses():
@@ -109,7 +112,8 @@ def test_a_spec_has_no_addresses():
     one, other = (fp8_spec(quantize_qkv(**wide()), OPTIONS) for _ in range(2))
     assert one == other and hash(one) == hash(other)
     assert one != fp8_spec(quantize_qkv(**wide()), OPTIONS._replace(softmax_scale=0.5))
-    assert one != fp8_spec(quantize_qkv(**wide(), recipe=Fp8Recipe(smooth_k=False)), OPTIONS)
+    for recipe in (Fp8Recipe(smooth_k=False), Fp8Recipe(smooth_v=True)):
+        assert one != fp8_spec(quantize_qkv(**wide(), recipe=recipe), OPTIONS)
 
 
 # Mistakes in 16-bit arguments
@@ -408,6 +412,10 @@ def blocks_of(x: Fp8Tensors, packed: bool) -> dict:
         "strides of lse_shift": (
             dict(lse_shift=x.lse_shift.mT.contiguous().mT), ValueError, "lse_shift is .*strides",
         ),
+        "channels of v_mean": (dict(v_mean=x.v_mean[..., :-1]), ValueError, "v_mean is of shape"),
+        "type of v_mean": (dict(v_mean=x.v_mean.double()), TypeError, "v_mean is of dtype"),
+        "v_mean elsewhere": (dict(v_mean=x.v_mean.to("meta")), ValueError, "v_mean is on meta"),
+        "strides of v_mean": (dict(v_mean=x.v_mean.mT.contiguous().mT), ValueError, "v_mean is .*strides"),
     }  # fmt: skip
     if packed:
         found["strides of a descale"] = (dict(q_descale=column), ValueError, "q_descale is .*strides")
@@ -452,7 +460,7 @@ def tensors_of(x: Fp8Tensors, packed: bool) -> dict:
 @pytest.mark.parametrize("checks", [tensors_of, blocks_of], ids=lambda f: f.__name__)
 def test_parts_that_do_not_fit(checks, packed):
     """All of them in one test, since each starts from the same right tensors, which are remembered."""
-    right = quantize_qkv(**(wide_packed() if packed else wide()))
+    right = quantize_qkv(**(wide_packed() if packed else wide()), recipe=Fp8Recipe(smooth_v=True))
     flash_attn_quantized_func(right)
     for changes, error, message in checks(right, packed).values():
         wrong = dataclasses.replace(right, **changes)

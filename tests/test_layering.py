@@ -29,8 +29,8 @@ LEAVES = {"spec", "spec_decode", "spec_quant", "spec_fp8", "quant", "arch"}
 MAY_IMPORT = {
     "_version": set(),
     "spec": set(),
-    "spec_decode": {"spec"},
-    "check_decode": {"spec", "spec_decode"},
+    "spec_decode": {"spec", "quant"},
+    "check_decode": {"spec", "spec_decode", "spec_fp8"},
     "quant": {"spec"},
     "spec_quant": {"quant", "spec", "spec_decode", "check_decode"},
     "spec_fp8": {"quant", "spec"},

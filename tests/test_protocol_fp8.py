@@ -1,5 +1,5 @@
 """The forward kernel with e4m3 operands, run on the CPU as in test_protocol.py: V with keys last, factors per
-block, the correction of lse. Numbers are not rounded: what is seen is where they come from."""
+block, the correction of lse, the mean of V. Numbers are not rounded: what is seen is where they come from."""
 
 import dataclasses
 import random
@@ -15,10 +15,10 @@ from tandem_attn.testing.emulator import run_forward
 
 ORDER = [8 * h + 2 * t + e for t in range(4) for h in range(2) for e in range(2)]  # keys of each 16
 CHOICES = {
-    "two": dict(lazy_rescale=True),
+    "two": dict(lazy_rescale=True, o_parts=2),
     "two, not lazy": dict(),
     "three": dict(serial=True, num_consumers=3, sum_by_wgmma=True, block_sums=True),
-    "three, O by wgmma": dict(serial=True, num_consumers=3, sum_by_wgmma=True),
+    "three, O by wgmma": dict(serial=True, num_consumers=3, sum_by_wgmma=True, o_parts=2, o_buffers=2),
     "three, plain sums": dict(serial=True, num_consumers=3, q_stages=2, pingpong=False, block_sums=True),
     "two, aside": dict(promote=1),
 }
@@ -33,6 +33,7 @@ class Fp8Problem:
     storages: tuple
     descales: tuple
     shift: np.ndarray
+    v_mean: np.ndarray  # (sequences, KV heads, channels)
 
 
 def padded_starts(starts, totals: int) -> tuple[np.ndarray, int]:
@@ -94,7 +95,7 @@ def make_fp8_problem(seed: int, choice: dict, **fixed) -> Fp8Problem:
     dice, rng = random.Random(seed), np.random.default_rng(seed)
     window = fixed.pop("window", dice.choice((Window(), Window(-1, 0), Window(150, 0), Window(40, 200))))
     problem = make_problem(
-        seed, dims=(32, 32), window=window, causal=window.causal,
+        seed, dims=(32, 48), window=window, causal=window.causal,
         seqlens=(dice.choice((30, 140)), dice.randint(1, 420)),
         serial=False, block_sums=False, **fixed,
     )  # fmt: skip
@@ -117,10 +118,11 @@ def make_fp8_problem(seed: int, choice: dict, **fixed) -> Fp8Problem:
     counts = (q_factors.shape[-1], k_factors.shape[-1], 1) if per_block else (1, 1, 0)
     plan = ForwardPlan(spec, config, geometry, counts)
     shift = rng.standard_normal(spec.lse_shape)
+    v_mean = rng.standard_normal((spec.batch, spec.num_kv_heads, spec.head_dim_v))
     problem.q, problem.k, problem.v = problem.q * q_each, problem.k * k_each, problem.v * v_each
     storages = (*problem.storages[:2], v_t.reshape(-1))
-    factors = tuple(x.reshape(-1) for x in (q_factors, k_factors, v_factors, shift))
-    return Fp8Problem(problem, plan, storages, factors, shift)
+    factors = tuple(x.reshape(-1) for x in (q_factors, k_factors, v_factors, shift, v_mean))
+    return Fp8Problem(problem, plan, storages, factors, shift, v_mean)
 
 
 def check(case: Fp8Problem, seed: int, mutations=None) -> None:
@@ -130,8 +132,9 @@ def check(case: Fp8Problem, seed: int, mutations=None) -> None:
         case.plan, case.storages, problem.lengths, case.plan.programs, seed, mutations, case.descales
     )
     expected = np.full(out.shape, np.nan), np.full(lse.shape, np.nan)
-    for rows, keys in problem.rows:
-        o, log_sum = attention(problem.q[rows], problem.k[keys], problem.v[keys], problem)
+    for i, (rows, keys) in enumerate(problem.rows):
+        v = problem.v[keys] + case.v_mean[i]
+        o, log_sum = attention(problem.q[rows], problem.k[keys], v, problem)
         expected[0][rows] = o
         place = (slice(None), rows) if spec.varlen else rows
         expected[1][place] = log_sum + spec.softmax_scale * case.shift[place]
@@ -153,6 +156,11 @@ FAULTS = {
     "factors of another sequence": {"return self.batch * (1 - block_step)": "return self.batch * 0"},
     "factors of another head": {"self.num_kv_heads + kv_head)": "self.num_kv_heads + 0 * kv_head)"},
     "lse is not corrected": {"* (self.scale * LN2)": "* 0.0"},
+    "V's mean is not added": {"gl.fma(gl.broadcast(mean[None, :], o)[0]": "gl.fma(0.0 * o"},
+    "V's mean of another sequence": {"(sequence.batch.to(gl.int64) * self.num": "(0 * self.num"},
+    "V's mean of another head": {"+ kv_head) * columns": "+ 0 * kv_head) * columns"},
+    "V's mean in rows without a key": {"gl.where(total == 0.0, 0.0, 1.0)": "1.0 + 0.0 * total"},
+    "V's mean from another column on": {"kv_head, i * c.o_width, columns": "kv_head, 0, columns"},
     "keys of V in their usual order": {".permute((0, 1, 3, 2, 4))": ".permute((0, 1, 3, 4, 2))"},
     "packed keys of V not at their places": {"self.first_block(\"k\") * PADDING": "self.start_k"},
     "P is not shifted back": {"log_sum_exp(row_max - c.p_shift, total)": "log_sum_exp(row_max, total)"},

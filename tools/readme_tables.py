@@ -413,6 +413,22 @@ def fp8_needle(document: dict, records: list[dict]) -> list[str]:
     ]
 
 
+def fp8_cache(document: dict, records: list[dict]) -> list[str]:
+    """A row per shape: times over caches in bfloat16 and in e4m3, and how many times the tokens."""
+    names = list(dict.fromkeys(name for record in records for name in record["results"]))
+    body = []
+    for record in records:
+        found = record["results"]
+        row = [record["id"].removeprefix("cache-"), _number(record["bf16_bytes"] / 2**20)]
+        row += [_fp8_cell(found.get(name), "median_us", _number) for name in names]
+        row += [_fp8_cell(found.get(name), "tokens_of_bf16", lambda x: f"**{x:.2f}**") for name in names[1:]]
+        body.append(row)
+    header = ["case", "MB in bf16", *(f"{name} us" for name in names)]
+    lines = markdown([*header, *(f"{name}: tokens/s" for name in names[1:])], body)
+    said = "Tokens per second as times those of the bf16 cache; -pN: pages of N keys, -tN: N tokens of a sequence"
+    return [*lines, "", f"{said}, -append: the call writes the last key, too."]
+
+
 def _fp8_cell(result: dict | None, key: str, form) -> str:
     if result is None or "reason" in result:
         return "-"
@@ -435,6 +451,7 @@ FP8 = {
     "recipes": fp8_recipes,
     "lengths": fp8_lengths,
     "needle": fp8_needle,
+    "cache": fp8_cache,
 }
 
 

@@ -11,6 +11,7 @@ from tandem_attn._version import __version__
 if TYPE_CHECKING:
     from tandem_attn.api import explain, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
     from tandem_attn.api_decode import (
+        SCALE_BLOCK,
         decode_workspace,
         explain_with_kvcache,
         flash_attn_combine,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tandem_attn.cache import PagedKVCache, PoolExhausted
 
 __all__ = [
+    "SCALE_BLOCK",
     "Fp8Recipe",
     "Fp8Tensors",
     "PagedKVCache",

@@ -12,9 +12,6 @@ from tandem_attn.spec import E4M3, NO_WINDOW, Lengths, Options, attention_spec, 
 # In FlashAttention-3's signatures, not written yet; using one raises NotImplementedError with this reason.
 _NOT_YET = {
     "qv": "a second query for absorbed multi-head latent attention",
-    "q_descale": "an FP8 cache",
-    "k_descale": "an FP8 cache",
-    "v_descale": "an FP8 cache",
     "attention_chunk": "attention in chunks of keys",
     "num_splits": "splitting the keys of a query among programs",
     "pack_gqa": "query heads packed into rows",
@@ -186,7 +183,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) 
     bound = inspect.signature(function).bind(q, k, v, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    refuse_not_yet(**{name: given[name] for name in _NOT_YET if "descale" not in name})
+    refuse_not_yet(**{name: given[name] for name in _NOT_YET})
     left, right = window_sides(given["causal"], given["window_size"])
     numbers = (given[name] for name in ("softcap", "sm_margin", "deterministic"))
     options = Options(given["softmax_scale"], left, right, *numbers)

@@ -6,7 +6,18 @@ Otherwise lengths are taken as if clamped to 0 up to the capacity, and new token
 written; rows, pages and starts out of range are undefined behaviour. Entries of page_table past the end of a
 sequence are never looked at. A cache_seqlens that is an int is checked always.
 
-Under autocast q, k and v come in the type of the cache.
+Under autocast q, k and v come in the type of the cache, over an FP8 cache in that of autocast.
+
+FP8: k_cache and v_cache are float8_e4m3fn, and stand for their values times k_descale and v_descale, float32:
+- (batch, kv_heads): a factor for each sequence and KV head, as in FlashAttention-3. Only read. New k and v
+  become e4m3 in this unit, what is larger than 448 of it saturates; or they are e4m3, and copied.
+- (rows or pages, blocks, kv_heads) beside the cache: slot s of a row has its factor at [row, s //
+  SCALE_BLOCK, head]. Appending writes them, too. They are powers of two that grow with the largest number of
+  their block: where one does, the block's old numbers are rounded once more. A block whose first slot is
+  written begins anew, whatever was there. A NaN or infinity makes NaN of its block until then. One sequence
+  of a call appends to a block.
+q, k and v have 16 bits and are rotated before they are quantized. Or q is e4m3: then out is bfloat16,
+q_descale (batch, kv_heads), None for 1, belongs to it, and nothing is rotated.
 """
 
 from __future__ import annotations
@@ -19,7 +30,17 @@ import torch
 from tandem_attn import check_decode, dispatch, ops_decode, reference_decode
 from tandem_attn.api import refuse_not_yet
 from tandem_attn.spec import DTYPES, NO_WINDOW, check_int, check_vector, refuse, window_sides
-from tandem_attn.spec_decode import MAX_SPLITS, DecodeOptions, Given
+from tandem_attn.spec_decode import MAX_SPLITS, SCALE_BLOCK, DecodeOptions, Given
+
+__all__ = [
+    "SCALE_BLOCK",
+    "decode_workspace",
+    "explain_with_kvcache",
+    "flash_attn_combine",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+    "merge_attention_states",
+]
 
 METADATA_VERSION = 1
 LSE_DTYPES = (torch.float32, torch.float64)
@@ -77,6 +98,7 @@ def flash_attn_with_kvcache(
     cache_leftpad    (batch,): keys in slots before this are not seen; slots and positions stay what they are
     causal, window_size     query i sits on key keys - seqlen_q + i: both end together, new keys included
     num_splits       0: what is best; or 1 to 256, at most so many splits of the keys. Changes rounding only
+    q_descale, k_descale, v_descale   of e4m3 tensors: see the top of `api_decode.py`
     split_size       keys of a split: bounds at its multiples, so that the bits of a sequence's result do not
                      depend on the batch it is in, only on its numbers and on max_seqlen_q (or seqlen_q)
     pack_gqa         no effect: heads that share keys are always read together
@@ -87,13 +109,14 @@ def flash_attn_with_kvcache(
     Returns out, shaped as q with d_v, and on request lse (batch, heads, seqlen_q) or (heads, total_q). A
     query that sees no key has 0 and -inf. Raises as `flash_attn_func`, and the cache is then as it was.
     """
-    if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
-        refuse_not_yet(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    if qv is not None:
+        refuse_not_yet(qv=qv)
     if attention_chunk != 0 or not (pack_gqa is None or pack_gqa is True or pack_gqa is False):
         _refuse(attention_chunk, pack_gqa)
     left, right = window_sides(causal, window_size)
     given = (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad)
     given += (page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens)
+    given += (q_descale, k_descale, v_descale)
     options = (softmax_scale, left, right, softcap, sm_margin, num_splits, split_size, rotary_interleaved)
     memory = (out, workspace, scheduler_metadata)
     found, lse = ops_decode.attend(given, options, bool(return_softmax_lse), memory)
@@ -243,7 +266,7 @@ def _bound(args: tuple, kwargs: dict) -> tuple[tuple, tuple]:
     bound = inspect.signature(flash_attn_with_kvcache).bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
-    refuse_not_yet(**{name: call[name] for name in ("qv", "q_descale", "k_descale", "v_descale")})
+    refuse_not_yet(qv=call["qv"])
     _refuse(call["attention_chunk"], call["pack_gqa"])
     call["window_left"], call["window_right"] = window_sides(call["causal"], call["window_size"])
     return tuple(call[name] for name in Given._fields), tuple(call[name] for name in DecodeOptions._fields)

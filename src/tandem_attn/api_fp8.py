@@ -41,7 +41,8 @@ def quantize_qkv(
     multiple of 32.
 
     recipe                what is done, an `Fp8Recipe`: rotation by a random-sign Hadamard matrix, the mean of
-                          K subtracted, a factor per block of 64 queries and 128 keys. None: all of that
+                          K subtracted, a factor per block of 64 queries and 128 keys. None: all of that, and
+                          V's mean kept
     rotary                (cos, sin), each (positions, rotary_dim / 2): rotary embedding is applied first, in
                           the same pass; key j has position j, query i has i + seqlen_k - seqlen_q
     rotary_interleaved    pairs are columns (2i, 2i + 1), else (i, i + rotary_dim / 2)
@@ -146,7 +147,7 @@ def flash_attn_fp8_varlen_func(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_varlen_func` on 16-bit tensors, computed in FP8.
 
-    The mean of K is that of each sequence, and no block of rows reaches into the next one. Everything else,
+    Means are those of each sequence, and no block of rows reaches into the next one. Everything else,
     gradients too, as in `flash_attn_fp8_func`.
     """
     left, right = window_sides(causal, window_size)

@@ -19,7 +19,10 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from tandem_attn import SCALE_BLOCK
+
+_E4M3 = torch.float8_e4m3fn
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, _E4M3)
 
 
 class PoolExhausted(RuntimeError):
@@ -76,10 +79,13 @@ class PagedKVCache:
         batch = cache.batch([sequence])
         for layer in range(32):
             out = flash_attn_with_kvcache(q, cache.k[layer], cache.v[layer], k, v, causal=True,
-                                          cache_seqlens=batch.cache_seqlens, page_table=batch.page_table)
+                                          cache_seqlens=batch.cache_seqlens, page_table=batch.page_table,
+                                          **cache.descales(layer))
         cache.commit([sequence], len(new))                    # after it: the tokens count
 
     k, v         (num_layers, num_pages, page_size, num_kv_heads, head_dim or head_dim_v), zeros at first
+    k_descale, v_descale   for dtype float8_e4m3fn the factors beside them, float32 (num_layers, num_pages,
+                 blocks of SCALE_BLOCK slots, num_kv_heads), ones at first; else None
     page_table   (max_sequences, max_pages_per_sequence) int32: pages of the sequence in each slot; entries
                  beyond its pages mean nothing
     seqlens      (max_sequences,) int32: tokens committed; 0 in a slot without sequence
@@ -120,6 +126,11 @@ class PagedKVCache:
         shape = (num_layers, num_pages, page_size, num_kv_heads)
         self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros(*shape, head_dim_v, dtype=dtype, device=device)
+        self.k_descale = self.v_descale = None
+        if dtype == _E4M3:
+            shape = (num_layers, num_pages, -(-page_size // SCALE_BLOCK), num_kv_heads)
+            self.k_descale = torch.ones(shape, dtype=torch.float32, device=device)
+            self.v_descale = torch.ones(shape, dtype=torch.float32, device=device)
         self.device, self.page_size = self.k.device, page_size
         self.num_pages, self.max_sequences, self.max_pages_per_sequence = num_pages, max_sequences, width
         ints = dict(dtype=torch.int32, device=self.device)
@@ -139,7 +150,27 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         pages = f"{self.free_pages} of {self.num_pages} pages of {self.page_size} tokens free"
-        return f"PagedKVCache({pages}, {len(self._live)} of {self.max_sequences} sequences, {self.device})"
+        kind = str(self.k.dtype).removeprefix("torch.")
+        if self.k_descale is not None:
+            kind += f" with a factor for each {min(self.page_size, SCALE_BLOCK)} tokens and head"
+        live = f"{len(self._live)} of {self.max_sequences} sequences"
+        return f"PagedKVCache({pages}, {live}, {kind}, {self.nbytes / 1e6:.1f} MB on {self.device})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and their factors."""
+        return sum(x.nbytes for x in self._contents)
+
+    @property
+    def _contents(self) -> list[torch.Tensor]:
+        """What pages hold: (num_layers, num_pages, ...) each."""
+        return [x for x in (self.k, self.v, self.k_descale, self.v_descale) if x is not None]
+
+    def descales(self, layer: int) -> dict[str, torch.Tensor]:
+        """k_descale and v_descale of a layer, for `flash_attn_with_kvcache`; nothing for 16 bits and more."""
+        if self.k_descale is None:
+            return {}
+        return dict(k_descale=self.k_descale[layer], v_descale=self.v_descale[layer])
 
     @property
     def capacity(self) -> int:
@@ -370,7 +401,7 @@ class PagedKVCache:
         """A page of one's own with the same contents in all layers, in exchange for a shared one."""
         copy = self._take()
         self._references[page] -= 1
-        for x in (self.k, self.v):
+        for x in self._contents:
             x[:, copy].copy_(x[:, page])
         return copy
 

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import torch
 
-from tandem_attn.spec import Options, check_dtype, check_heads, check_int, check_starts, check_vector, refuse
+from tandem_attn.spec import (
+    E4M3,
+    Options,
+    check_dtype,
+    check_heads,
+    check_int,
+    check_starts,
+    check_vector,
+    refuse,
+)
 from tandem_attn.spec import check_options as check_shared_options
 from tandem_attn.spec_decode import (
     ALIGNMENT,
     MAX_SPLITS,
     METADATA_SIZE,
+    SCALE_BLOCK,
     SPLIT_STEP,
     AppendSpec,
     Cache,
@@ -22,7 +32,11 @@ from tandem_attn.spec_decode import (
     Given,
     New,
     Rotary,
+    per_block,
 )
+from tandem_attn.spec_fp8 import check_descale, check_descale_numbers
+
+NARROW = (torch.float16, torch.bfloat16)  # what goes with an FP8 cache, besides e4m3
 
 
 def check_types(given: Given) -> None:
@@ -84,10 +98,11 @@ def check_cache(q, cache: Cache, new: New) -> None:
     """Raise unless q, the caches and the lengths fit together. Looks at no numbers: fakes are welcome."""
     packed, paged = new.cu_seqlens_q is not None, cache.page_table is not None
     form = "(total, heads, head_dim) with cu_seqlens_q" if packed else "(batch, seqlen, heads, head_dim)"
-    _check_elements("q", q, q, 3 if packed else 4, form)
+    _check_form("q", q, q, 3 if packed else 4, form)
     form = "(pages, page_size" if paged else "(batch, capacity"
     for name, x in (("k_cache", cache.k), ("v_cache", cache.v)):
-        _check_elements(name, x, q, 4, f"{form}, kv_heads, head_dim)")
+        _check_form(name, x, q, 4, f"{form}, kv_heads, head_dim)")
+    _check_types_of_cache(q, cache)
     check_heads(q, cache.k, cache.v, ("k_cache", "v_cache"))
     batch, whose = None if packed else q.shape[0], "the batch size of q"
     if packed:
@@ -106,6 +121,57 @@ def check_cache(q, cache: Cache, new: New) -> None:
     elif cache.batch_idx is None and cache.k.shape[0] != batch:
         supported = f"{whose}, {batch}; or cache_batch_idx to say which rows"
         refuse(ValueError, "k_cache", f"of {cache.k.shape[0]} rows", supported)
+    _check_descales(q, cache, new, batch)
+
+
+def _check_types_of_cache(q, cache: Cache) -> None:
+    """Raise unless q and the caches are of one type, or the caches e4m3 and q e4m3 or of 16 bits."""
+    k_type, v_type = cache.k.dtype, cache.v.dtype
+    if E4M3 not in (k_type, v_type):
+        if q.dtype == E4M3:
+            refuse(TypeError, "q", f"of dtype {E4M3}", f"the dtype of k_cache, {k_type}; or caches of {E4M3}")
+        for name, dtype in (("q", q.dtype), ("k_cache", k_type), ("v_cache", v_type)):
+            check_dtype(name, dtype, q.dtype)
+        return
+    for name, dtype in (("k_cache", k_type), ("v_cache", v_type)):
+        if dtype != E4M3:
+            refuse(TypeError, name, f"of dtype {dtype}", f"{E4M3}, as the other cache is")
+    if q.dtype not in (*NARROW, E4M3):
+        supported = f"{', '.join(map(str, (*NARROW, E4M3)))} over an FP8 cache"
+        refuse(TypeError, "q", f"of dtype {q.dtype}", supported)
+
+
+def _check_descales(q, cache: Cache, new: New, batch: int) -> None:
+    """Raise unless factors are there where numbers are e4m3, nowhere else, and of one of the shapes."""
+    given = (("q", q, new.q_descale), ("k_cache", cache.k, cache.k_descale))
+    for name, x, descale in (*given, ("v_cache", cache.v, cache.v_descale)):
+        of = f"{name[0]}_descale"
+        if descale is None:
+            if x.dtype == E4M3 and name != "q":
+                supported = f"float32 factors for {name} of {E4M3}, (batch, kv_heads) or for each block"
+                refuse(ValueError, of, "None", supported)
+        elif x.dtype != E4M3:
+            refuse(ValueError, of, f"given for {name} of dtype {x.dtype}", f"None, or {name} of {E4M3}")
+        elif name == "q" or not (isinstance(descale, torch.Tensor) and per_block(descale)):
+            check_descale(of, descale, batch, cache.k.shape[2], q.device)
+        else:
+            _check_block_descale(of, descale, cache)
+    if cache.k_descale is not None and per_block(cache.k_descale) != per_block(cache.v_descale):
+        was, supported = f"of shape {tuple(cache.v_descale.shape)}", "as many dimensions as k_descale has"
+        refuse(ValueError, "v_descale", was, f"{supported}, {cache.k_descale.dim()}")
+
+
+def _check_block_descale(name: str, x: torch.Tensor, cache: Cache) -> None:
+    """Raise unless these may be the factors beside a cache."""
+    if x.dtype != torch.float32:
+        refuse(TypeError, name, f"of dtype {x.dtype}", "torch.float32")
+    if x.device != cache.k.device:
+        refuse(ValueError, name, f"on {x.device}", f"the device of k_cache, {cache.k.device}")
+    rows, slots, heads, _ = cache.k.shape
+    expected = (rows, -(-slots // SCALE_BLOCK), heads)
+    if tuple(x.shape) != expected:
+        supported = f"{expected}, (rows, blocks of {SCALE_BLOCK} slots, kv_heads) of k_cache"
+        refuse(ValueError, name, f"of shape {tuple(x.shape)}", f"{supported}; or (batch, kv_heads)")
 
 
 def _check_table(q, cache: Cache, batch: int, whose: str) -> None:
@@ -134,19 +200,50 @@ def check_new(q, k, v, cache: Cache, new: New) -> None:
         else "(batch, seqlen, kv_heads, head_dim)"
     )
     for name, x, into in (("k", k, cache.k), ("v", v, cache.v)):
-        _check_elements(name, x, q, 3 if packed else 4, form)
+        _check_form(name, x, q, 3 if packed else 4, form)
+        _check_new_type(name, x.dtype, k.dtype, q.dtype, cache)
         if x.shape[-2:] != into.shape[-2:]:
             was = f"of {x.shape[-2]} heads of dimension {x.shape[-1]}"
             supported = f"those of {name}_cache, {into.shape[-2]} of {into.shape[-1]}"
             refuse(ValueError, name, was, supported)
-        if any(size > 1 and step == 0 for size, step in zip(into.shape, into.stride(), strict=True)):
-            was = f"expanded (strides {into.stride()})"
-            refuse(ValueError, f"{name}_cache", was, "memory for every key, if keys are appended")
+        _check_memory(f"{name}_cache", into, "key")
     if v.shape[:-2] != k.shape[:-2]:
         refuse(ValueError, "v", f"of shape {tuple(v.shape)}", f"as many keys as k, {tuple(k.shape[:-2])}")
     batch = q.shape[0] if new.cu_seqlens_q is None else new.cu_seqlens_q.shape[0] - 1
     if not packed and k.shape[0] != batch:
         refuse(ValueError, "k", f"of batch size {k.shape[0]}", f"the batch size of q, {batch}")
+    if per_block(cache.k_descale):
+        _check_memory("k_descale", cache.k_descale, "block")
+        _check_memory("v_descale", cache.v_descale, "block")
+
+
+def _check_memory(name: str, into: torch.Tensor, what: str) -> None:
+    """Raise unless elements can be written one by one."""
+    if any(size > 1 and step == 0 for size, step in zip(into.shape, into.stride(), strict=True)):
+        was = f"expanded (strides {into.stride()})"
+        refuse(ValueError, name, was, f"memory for every {what}, if keys are appended")
+
+
+def _check_new_type(name: str, dtype, of_k, of_q, cache: Cache) -> None:
+    """Raise unless new numbers are of q's type; over an FP8 cache of 16 bits, or e4m3 in a unit given."""
+    if cache.k.dtype != E4M3:
+        return check_dtype(name, dtype, of_q)
+    supported = NARROW if of_q == E4M3 else (of_q,)
+    if not per_block(cache.k_descale):
+        supported = (*supported, E4M3)
+    if dtype not in supported:
+        why = f"; {E4M3} only with factors (batch, kv_heads)" if dtype == E4M3 else ""
+        refuse(TypeError, name, f"of dtype {dtype}", ", ".join(map(str, supported)) + why)
+    if dtype != of_k:
+        refuse(TypeError, name, f"of dtype {dtype}", f"the dtype of k, {of_k}")
+
+
+def check_turns(q, k) -> None:
+    """Raise unless q and new keys, if there are any, are numbers that can be rotated."""
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and x.dtype == E4M3:
+            was, supported = f"given for {name} of dtype {E4M3}", f"None, or {name} of 16 bits"
+            refuse(NotImplementedError, "rotary_cos", was, supported)
 
 
 def check_rotary(q, rotary: Rotary, new: New) -> None:
@@ -172,12 +269,11 @@ def check_rotary(q, rotary: Rotary, new: New) -> None:
         check_vector("rotary_seqlens", seqlens, q.device, batch, "the batch size of q")
 
 
-def _check_elements(name: str, x: torch.Tensor, q: torch.Tensor, rank: int, form: str) -> None:
+def _check_form(name: str, x: torch.Tensor, q: torch.Tensor, rank: int, form: str) -> None:
     if x.layout != torch.strided:
         refuse(ValueError, name, f"a tensor with layout {x.layout}", "torch.strided")
     if x.dim() != rank:
         refuse(ValueError, name, f"a tensor of shape {tuple(x.shape)}", f"{rank} dimensions {form}")
-    check_dtype(name, x.dtype, q.dtype)
     if x.device != q.device:
         refuse(ValueError, name, f"on {x.device}", f"the device of q, {q.device}")
 
@@ -284,6 +380,8 @@ def check_contents(spec: DecodeSpec | AppendSpec, cache: Cache, new: New, rotary
         _check_pages(spec, cache.page_table.tolist(), keys)
         if writes:
             _check_written_pages(spec, cache.page_table.tolist(), before, added)
+    if spec.fp8:
+        _check_factors(spec, cache, new, before, writes)
     if appends and spec.rotary_dim:
         first = before if rotary_seqlens is None else rotary_seqlens.tolist()
         for b in range(batch):
@@ -311,14 +409,41 @@ def _check_pages(spec, table: list[list[int]], keys: list[int]) -> None:
 
 
 def _check_written_pages(spec, table: list[list[int]], before: list[int], added: list[int]) -> None:
-    """Two sequences may share a page that they read, not a slot that both write."""
+    """Two sequences may share a page that they read, not a slot that both write, nor one whose factor."""
+    unit = spec.descale_block or 1
     taken: dict[int, list[tuple[int, int, int]]] = {}  # page: (sequence, first slot written, slot after)
     for b, (pages, n, more) in enumerate(zip(table, before, added, strict=True)):
         for i in range(n // spec.page_size, -(-(n + more) // spec.page_size) if more else 0):
             start = i * spec.page_size
             low, high = max(n - start, 0), min(n + more - start, spec.page_size)
+            low, high = low // unit * unit, -(-high // unit) * unit
             for other, other_low, other_high in taken.setdefault(pages[i], []):
                 if low < other_high and other_low < high:
                     was = f"{pages[i]} for the keys appended to {other} and to {b}"
                     refuse(ValueError, "page_table", was, "a page once only where keys are appended")
             taken[pages[i]].append((b, low, high))
+
+
+def _check_factors(spec, cache: Cache, new: New, before: list[int], writes: bool) -> None:
+    """Factors of what is there before the call. Those of blocks in which nothing is, or only padding to which
+    nothing is appended, may be anything."""
+    check_descale_numbers("q_descale", new.q_descale)
+    if not spec.descale_block:
+        check_descale_numbers("k_descale", cache.k_descale)
+        check_descale_numbers("v_descale", cache.v_descale)
+        return
+    pads = [0] * spec.batch if cache.leftpad is None else cache.leftpad.tolist()
+    rows = list(range(spec.batch)) if cache.batch_idx is None else cache.batch_idx.tolist()
+    table = None if cache.page_table is None else cache.page_table.tolist()
+    room, unit, used = cache.k.shape[1], spec.descale_block, []
+    for b, (pad, n) in enumerate(zip(pads, before, strict=True)):
+        if n == 0 or (pad >= n and not writes):
+            continue
+        for page in range(min(pad, n) // room, -(-n // room)):
+            row = rows[b] if table is None else table[b][page]
+            first, stop = max(min(pad, n) - page * room, 0), min(n - page * room, room)
+            used += [(row, block) for block in range(first // unit, -(-stop // unit))]
+    if used:
+        where = tuple(torch.tensor(used, device=spec.device).T)
+        check_descale_numbers("k_descale", cache.k_descale[where])
+        check_descale_numbers("v_descale", cache.v_descale[where])

@@ -104,7 +104,7 @@ class _Nothing:
     def decode(spec: DecodeSpec):
         def plan(q, cache, new, out, workspace, want_lse):
             # rows of q may lie in memory although no sequence has any: max_seqlen_q is 0
-            out = q.new_zeros(spec.out_shape) if out is None else out.zero_()
+            out = q.new_zeros(spec.out_shape, dtype=spec.dtype) if out is None else out.zero_()
             lse = q.new_full(spec.lse_shape, -math.inf, dtype=spec.lse_dtype) if want_lse else None
             return out, lse
 

@@ -12,7 +12,7 @@ import os
 import torch
 
 from tandem_attn import check_decode, dispatch, log, ops
-from tandem_attn.spec import lse_dtype
+from tandem_attn.spec import E4M3, lse_dtype
 from tandem_attn.spec_decode import (
     AppendSpec,
     Cache,
@@ -23,19 +23,21 @@ from tandem_attn.spec_decode import (
     Rotary,
     append_spec,
     decode_spec,
+    out_dtype,
+    per_block,
 )
 
-# the flat arguments of both operators, after their tensors of elements
+# the flat arguments of both operators, after their tensors of elements: fields of Cache and New, and one more
 _PLACE = (
     "Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
-    "Tensor? page_table, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k_new, SymInt seqlen_new, "
-    "SymInt? max_seqlen_q"
+    "Tensor? page_table, Tensor? k_descale, Tensor? v_descale, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k_new, SymInt seqlen_new, Tensor? q_descale, SymInt? max_seqlen_q"
 )
 _OPTIONS = (
     "float? softmax_scale, SymInt window_left, SymInt window_right, float softcap, SymInt sm_margin, "
     "SymInt num_splits, SymInt? split_size, bool rotary_interleaved"
 )
-_NUM_PLACE = 9
+_NUM_PLACE = 12
 
 _plans = ops.plan_table()  # key of a call: its `_Plans`
 _decode_plans = ops.plan_table()  # the same for the operator that attends only
@@ -83,13 +85,13 @@ def _find(given: tuple, options: tuple, memory: tuple) -> _Plans:
 
 def _checked(found: _Plans, given: tuple) -> tuple[Cache, New, tuple]:
     """The arguments of plans, after a look at the numbers that change from call to call."""
-    _, k_cache, v_cache, k, _, cos, sin, seqlens, batch_idx, leftpad, table, cu_q, cu_new, _, turns = given
-    new = New(cu_q, cu_new, 0 if k is None or cu_new is not None else k.shape[1])
+    _, k_cache, v_cache, k, _, cos, sin, seqlens, *places, cu_q, cu_new, _, turns, of_q, of_k, of_v = given
+    new = New(cu_q, cu_new, 0 if k is None or cu_new is not None else k.shape[1], of_q)
     length = 0
     if not isinstance(seqlens, torch.Tensor):
         length, seqlens = found.spec.capacity if seqlens is None else int(seqlens), None
         check_decode.check_length(found.checks, length, new.seqlen_new)
-    cache, rotary = Cache(k_cache, v_cache, seqlens, length, batch_idx, leftpad, table), (cos, sin, turns)
+    cache, rotary = Cache(k_cache, v_cache, seqlens, length, *places, of_k, of_v), (cos, sin, turns)
     if found.looks:
         check_decode.check_contents(found.checks, cache, new, turns)
     return cache, new, rotary
@@ -115,6 +117,7 @@ def _check_shapes(q, k, v, cache: Cache, new: New, rotary: Rotary) -> None:
     if k is not None:
         check_decode.check_new(q, k, v, cache, new)
     if rotary.cos is not None:
+        check_decode.check_turns(q, k)
         check_decode.check_rotary(q, rotary, new)
 
 
@@ -139,7 +142,8 @@ def refuse_gradients(given: Given) -> None:
 
 
 def _cast_for_autocast(given: tuple) -> tuple:
-    """Under autocast q and the new k and v come in the type of the cache, which is what it is."""
+    """Under autocast q and the new k and v come in the type of the cache, which is what it is; over an FP8
+    cache in autocast's, but for those in e4m3."""
     if not torch._C._is_any_autocast_enabled():
         return given
     q, k_cache, v_cache, k, v, *rest = given
@@ -148,13 +152,17 @@ def _cast_for_autocast(given: tuple) -> tuple:
         return given  # validation will say so
     if not torch.is_autocast_enabled(q.device.type):
         return given
-    q, k, v = (x if x is None or x.dtype == torch.float64 else x.to(k_cache.dtype) for x in (q, k, v))
+    dtype = k_cache.dtype
+    if dtype == E4M3:
+        dtype = torch.get_autocast_dtype(q.device.type)
+    kept = (torch.float64, E4M3)
+    q, k, v = (x if x is None or x.dtype in kept else x.to(dtype) for x in (q, k, v))
     return (q, k_cache, v_cache, k, v, *rest)
 
 
 def _is_plain(given: tuple) -> bool:
     """Whether only numbers in memory are involved: no gradient, no mode, no subclass."""
-    q, k_cache, v_cache, k, v, cos, sin, *_ = given
+    q, k_cache, v_cache, k, v, cos, sin = given[:7]
     plain, records = ops.PLAIN, torch.is_grad_enabled()
     return (
         type(q) in plain
@@ -165,6 +173,7 @@ def _is_plain(given: tuple) -> bool:
         and not (records and k is not None and (k.requires_grad or v.requires_grad))
         and (cos is None or (type(cos) in plain and type(sin) in plain))
         and not (records and cos is not None and (cos.requires_grad or sin.requires_grad))
+        and all(x is None or (type(x) in plain and not (records and x.requires_grad)) for x in given[-3:])
         and ops.no_mode()
         and not q.is_meta
     )
@@ -172,9 +181,8 @@ def _is_plain(given: tuple) -> bool:
 
 def _key(given: tuple, options: tuple, memory: tuple) -> tuple | None:
     """Everything plans may depend on. Types too: True and 1.0 equal 1, but are not accepted where it is."""
-    q, k_cache, v_cache, k, v, cos, sin, seqlens, batch_idx, leftpad, table, cu_q, cu_new, max_q, turns = (
-        given
-    )
+    q, k_cache, v_cache, k, v, cos, sin, seqlens, batch_idx, leftpad, table, *rest = given
+    cu_q, cu_new, max_q, turns, *descales = rest
     scale, _, _, softcap, sm_margin, splits, size, interleaved = options
     try:
         address = q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()
@@ -193,12 +201,16 @@ def _key(given: tuple, options: tuple, memory: tuple) -> tuple | None:
             None if table is None else _facts(table),
             None if cu_q is None else (_facts(cu_q), max_q, type(max_q)),
             extra,
+            None if descales == _NO_DESCALES else (*map(_facts, descales),),
             options,
             (type(scale), type(softcap), type(sm_margin), type(splits), type(size), type(interleaved)),
             _memory_key(*memory),
         )
     except (AttributeError, RuntimeError, TypeError):
         return None  # not a dense tensor: validation will say so
+
+
+_NO_DESCALES = [None, None, None]
 
 
 def _facts(x):
@@ -264,27 +276,44 @@ def _through_operators(given: tuple, options: tuple, want_lse: bool, memory: tup
     if out is not None:
         check_decode.check_cache(given.q, cache, new)
         shape = (*given.q.shape[:-1], cache.v.shape[-1])
-        check_decode.check_out(out, shape, given.q.dtype, given.q.device)
+        check_decode.check_out(out, shape, out_dtype(given.q.dtype), given.q.device)
     q, place = given.q, (*cache[2:], *new, given.max_seqlen_q)
     if given.k is not None or rotary.cos is not None:
-        tensors = (q, cache.k, cache.v, given.k, given.v, *rotary)
-        q = torch.ops.tandem_attn.append_kv(*tensors, *place, *options)
+        q = torch.ops.tandem_attn.append_kv(*append_arguments(given, rotary, cache, place), *options)
     found, lse = torch.ops.tandem_attn.decode(q, cache.k, cache.v, *place, *options)
     if out is not None:
         found = out.copy_(found)
     return found, lse if want_lse else None
 
 
+def append_arguments(given: Given, rotary: Rotary, cache: Cache, place: tuple) -> tuple:
+    """The arguments of append_kv before its options: factors that it writes come as arguments that it says
+    it writes, in place of those that it only reads."""
+    written = (cache.k_descale, cache.v_descale) if per_block(cache.k_descale) else (None, None)
+    if written[0] is not None:
+        place = (*place[:5], None, None, *place[7:])
+    return (given.q, cache.k, cache.v, *written, given.k, given.v, *rotary, *place)
+
+
 def _split(k_cache, v_cache, flat: tuple) -> tuple[Cache, New, int | None, DecodeOptions]:
     place, options = flat[:_NUM_PLACE], DecodeOptions(*flat[_NUM_PLACE:])
-    return Cache(k_cache, v_cache, *place[:5]), New(*place[5:8]), place[8], options
+    return Cache(k_cache, v_cache, *place[:7]), New(*place[7:11]), place[11], options
 
 
-def _append_impl(q, k_cache, v_cache, k, v, cos, sin, turns, *flat):
+def _append_parts(q, k_cache, v_cache, k_written, v_written, k, v, cos, sin, turns, *flat):
+    """(Given, Cache, New, options) of the operator's arguments."""
     cache, new, max_seqlen_q, options = _split(k_cache, v_cache, flat)
+    if k_written is not None:
+        cache = cache._replace(k_descale=k_written, v_descale=v_written)
     lengths = cache.seqlen if cache.seqlens is None else cache.seqlens
-    packed = (new.cu_seqlens_q, new.cu_seqlens_k_new, max_seqlen_q, turns)
-    given = (q, k_cache, v_cache, k, v, cos, sin, lengths, *cache[4:], *packed)
+    packed = (new.cu_seqlens_q, new.cu_seqlens_k_new, max_seqlen_q, turns, new.q_descale)
+    given = Given(q, k_cache, v_cache, k, v, cos, sin, lengths, *cache[4:7], *packed, *cache[7:])
+    return given, cache, new, options
+
+
+def _append_impl(*arguments):
+    given, _, _, options = _append_parts(*arguments)
+    q, k, v = given.q, given.k, given.v
     found = _find(given, options, (None, None, None))
     cache, new, rotary = _checked(found, given)
     turned = q if found.append is None else found.append(q, k, v, cache, new, rotary)
@@ -294,18 +323,8 @@ def _append_impl(q, k_cache, v_cache, k, v, cos, sin, turns, *flat):
 def _decode_impl(q, k_cache, v_cache, *flat):
     cache, new, max_seqlen_q, options = _split(k_cache, v_cache, flat)
     lengths = int if cache.seqlens is None else cache.seqlens
-    given = (
-        q,
-        k_cache,
-        v_cache,
-        *(None,) * 4,
-        lengths,
-        *cache[4:],
-        new.cu_seqlens_q,
-        None,
-        max_seqlen_q,
-        None,
-    )
+    packed = (new.cu_seqlens_q, None, max_seqlen_q, None, new.q_descale)
+    given = (q, k_cache, v_cache, *(None,) * 4, lengths, *cache[4:7], *packed, *cache[7:])
     key = (_key(given, options, (None, None, None)), _facts(new.cu_seqlens_k_new))
     found = _decode_plans.get(key)
     if found is None:
@@ -322,11 +341,11 @@ def _decode_impl(q, k_cache, v_cache, *flat):
     return found.decode(q, cache, new, None, None, True)
 
 
-def _append_fake(q, k_cache, v_cache, k, v, cos, sin, turns, *flat):
-    cache, new, _, options = _split(k_cache, v_cache, flat)
+def _append_fake(*arguments):
+    given, cache, new, options = _append_parts(*arguments)
     check_decode.check_options(options)
-    _check_shapes(q, k, v, cache, new, Rotary(cos, sin, turns))
-    return q.new_empty(q.shape)
+    _check_shapes(given.q, given.k, given.v, cache, new, Rotary(*given[5:7], given.rotary_seqlens))
+    return given.q.new_empty(given.q.shape)
 
 
 def _decode_fake(q, k_cache, v_cache, *flat):
@@ -335,14 +354,15 @@ def _decode_fake(q, k_cache, v_cache, *flat):
     check_decode.check_cache(q, cache, new)
     packed = new.cu_seqlens_q is not None
     shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
+    out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]), dtype=out_dtype(q.dtype))
     return out, q.new_empty(shape, dtype=lse_dtype(q.dtype))
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("tandem_attn", "FRAGMENT")
     tags = (torch.Tag.pt2_compliant_tag,)
-    caches = "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
+    caches = "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_written, "
+    caches += "Tensor(d!)? v_written, Tensor? k, Tensor? v, "
     tables = "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_seqlens, "
     library.define(f"append_kv({caches}{tables}{_PLACE}, {_OPTIONS}) -> Tensor", tags=tags)
     tensors = "Tensor q, Tensor k_cache, Tensor v_cache, "

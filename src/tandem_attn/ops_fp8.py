@@ -66,7 +66,7 @@ def attention(x: Fp8Tensors, options: tuple) -> tuple[torch.Tensor, torch.Tensor
     if _traced(x.q):
         check_types(x.q, x.k, x.v_t, x.lengths)
         options = check_options(Options(*options))
-        tensors = (x.q, x.k, x.v_t, x.q_descale, x.k_descale, x.v_descale, x.lse_shift)
+        tensors = (x.q, x.k, x.v_t, x.q_descale, x.k_descale, x.v_descale, x.lse_shift, x.v_mean)
         flat = (*(x.lengths or (None,) * 6), *options)
         return torch.ops.tandem_attn.fp8_forward(*tensors, x.dtype, *flat)
     return _attend(x, options)
@@ -107,7 +107,7 @@ def _fp8_tensors(q, k, v, descales: tuple, lengths: Lengths | None, transpose) -
             check_descale_numbers(name, x)
     v_t = transpose(v, *tensors)
     per_head = _per_head(q, k, descales, batch, lengths)
-    return Fp8Tensors(q, k, v_t, *per_head, None, None, recipe, torch.bfloat16, lengths)
+    return Fp8Tensors(q, k, v_t, *per_head, None, None, None, recipe, torch.bfloat16, lengths)
 
 
 def transpose(v, cu_seqlens_k=None, seqused_k=None) -> torch.Tensor:
@@ -208,7 +208,7 @@ def _transpose(v, cu_seqlens_k, seqused_k) -> torch.Tensor:
 
 def _attend(x: Fp8Tensors, options: tuple):
     tensors = _NO_LENGTHS if x.lengths is None else x.lengths[:4]
-    factors = (x.q_descale, x.k_descale, x.v_descale, x.lse_shift)
+    factors = (x.q_descale, x.k_descale, x.v_descale, x.lse_shift, x.v_mean)
     facts = _facts((x.q, x.k, x.v_t, *factors, *tensors))
     more = ("attend", x.dtype, *_numbers((*options, *(x.lengths or ())[4:])))
 
@@ -275,6 +275,7 @@ def _flat_recipe(recipe: Fp8Recipe) -> tuple:
     return (
         recipe.rotate,
         recipe.smooth_k,
+        recipe.smooth_v,
         recipe.granularity,
         [] if drawn else list(signs),
         signs if drawn else 0,
@@ -286,8 +287,8 @@ def _given(lengths: tuple) -> Lengths | None:
 
 
 def _unflat(flat: tuple) -> tuple[Lengths | None, RotaryTables, Fp8Recipe]:
-    rotate, smooth_k, granularity, signs, seed = flat[9:]
-    recipe = Fp8Recipe(rotate, smooth_k, granularity, tuple(signs) or seed)
+    rotate, smooth_k, smooth_v, granularity, signs, seed = flat[9:]
+    recipe = Fp8Recipe(rotate, smooth_k, granularity, tuple(signs) or seed, smooth_v)
     return _given(flat[:6]), RotaryTables(*flat[6:9]), recipe
 
 
@@ -297,7 +298,9 @@ def _without_none(found: Quantized) -> tuple[torch.Tensor, ...]:
 
 
 def _with_none(found, recipe: Fp8Recipe) -> Quantized:
-    return Quantized(*found[:6], *(found[6:] if recipe.smooth_k else (None, None)))
+    shift, k_mean, v_mean = found[6:]
+    of_k = (shift, k_mean) if recipe.smooth_k else (None, None)
+    return Quantized(*found[:6], *of_k, v_mean if recipe.smooth_v else None)
 
 
 def _quantize_impl(q, k, v, *flat):
@@ -319,8 +322,8 @@ def _transpose_fake(v, cu_seqlens_k, seqused_k):
     return v.new_empty(transpose_spec(v, cu_seqlens_k, seqused_k).v_t_shape)
 
 
-def _tensors(q, k, v_t, q_descale, k_descale, v_descale, lse_shift, dtype, *flat) -> tuple:
-    held = (q, k, v_t, q_descale, k_descale, v_descale, lse_shift, None)
+def _tensors(q, k, v_t, q_descale, k_descale, v_descale, lse_shift, v_mean, dtype, *flat) -> tuple:
+    held = (q, k, v_t, q_descale, k_descale, v_descale, lse_shift, None, v_mean)
     return Fp8Tensors(*held, Fp8Recipe(), dtype, _given(flat[:6])), flat[6:]
 
 
@@ -343,15 +346,16 @@ def _register() -> torch.library.Library:
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(
         f"quantize(Tensor q, Tensor k, Tensor v, {_LENGTHS}, Tensor? cos, Tensor? sin, bool interleaved, "
-        "bool rotate, bool smooth_k, str granularity, int[] signs, int seed) -> "
+        "bool rotate, bool smooth_k, bool smooth_v, str granularity, int[] signs, int seed) -> "
         "(Tensor q, Tensor k, Tensor v_t, Tensor q_descale, Tensor k_descale, Tensor v_descale, "
-        "Tensor lse_shift, Tensor k_mean)",
+        "Tensor lse_shift, Tensor k_mean, Tensor v_mean)",
         tags=tags,
     )
     library.define("transpose_v(Tensor v, Tensor? cu_seqlens_k, Tensor? seqused_k) -> Tensor", tags=tags)
     library.define(
         "fp8_forward(Tensor q, Tensor k, Tensor v_t, Tensor q_descale, Tensor k_descale, Tensor v_descale, "
-        f"Tensor? lse_shift, ScalarType dtype, {_LENGTHS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+        f"Tensor? lse_shift, Tensor? v_mean, ScalarType dtype, {_LENGTHS}, {_OPTIONS}) -> "
+        "(Tensor out, Tensor lse)",
         tags=tags,
     )
     for name, impl, fake in (

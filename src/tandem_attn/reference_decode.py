@@ -2,7 +2,7 @@
 
 `append` writes new keys and values into the cache, `decode` attends to it, `combine` joins what was computed
 of parts of the keys. A kernel that disagrees with this file is wrong. Splits are not made here: they change
-rounding only.
+rounding only. Numbers of an FP8 cache are multiplied by their factors, exactly, and the rest is in float32.
 
 Lengths are needed on the host: on a GPU that waits for the device. Whatever numbers the tensors hold, lengths
 are taken as if clamped to the capacity, and tokens that do not fit are not written.
@@ -15,7 +15,9 @@ import math
 
 import torch
 
+from tandem_attn.quant import saturated, scales
 from tandem_attn.reference import attend, in_full_precision, scores, visible_keys
+from tandem_attn.spec import E4M3
 from tandem_attn.spec_decode import AppendSpec, Cache, DecodeSpec, New
 
 NAME = "reference"
@@ -34,14 +36,14 @@ def append_reasons(spec: AppendSpec) -> list[str]:
 
 def decode_describe(spec: DecodeSpec) -> str:
     """One line for explain(): how the question would be answered."""
-    kind = str(spec.lse_dtype).removeprefix("torch.")
+    kind = str(spec.lse_dtype).removeprefix("torch.") + (" of dequantized numbers" if spec.fp8 else "")
     keys = "gathered from its pages" if spec.page_size else "read in place"
     return f"blockwise torch, keys of each sequence {keys}, sums in {kind}, keys not split"
 
 
 def append_describe(spec: AppendSpec) -> str:
     """One line for explain(): how the cache would be written."""
-    return "torch, all tokens at once"
+    return "torch, " + ("block by block" if spec.descale_block and spec.has_new else "all tokens at once")
 
 
 # Attention
@@ -52,13 +54,14 @@ def decode(spec: DecodeSpec):
 
     @in_full_precision(spec)
     def plan(q, cache: Cache, new: New, out, workspace, want_lse: bool):
-        found = q.new_zeros(spec.out_shape)
+        found = q.new_zeros(spec.out_shape, dtype=spec.dtype)
         lse = q.new_full(spec.lse_shape, -math.inf, dtype=spec.lse_dtype)
         lengths, pads = _key_ranges(spec, cache, new)
         alike = spec.page_size == 0 and not spec.packed_q and len({*zip(lengths, pads, strict=True)}) == 1
         if alike and cache.batch_idx is None:  # one call for the whole batch
-            keys = slice(pads[0], lengths[0])
-            _attend(spec, q, cache.k[:, keys], cache.v[:, keys], found, lse)
+            whole, keys = slice(None), slice(pads[0], lengths[0])
+            k, v = _numbers(spec, cache, whole, whole, keys)
+            _attend(spec, _queries(spec, q, new, whole), k, v, found, lse)
         else:
             _attend_each(spec, q, cache, new, lengths, pads, found, lse)
         if out is not None:
@@ -93,13 +96,44 @@ def _attend_each(spec: DecodeSpec, q, cache: Cache, new: New, lengths, pads, out
             of_lse = (None, slice(None), of_q[1])
         if cache.page_table is None:
             row = b if rows is None else rows[b]
-            k, v = cache.k[row : row + 1, pad:n], cache.v[row : row + 1, pad:n]
+            of, slots = slice(row, row + 1), slice(pad, n)
         else:
-            pages = cache.page_table[b, pad // spec.page_size : -(-n // spec.page_size)]
-            first = pad % spec.page_size
-            k, v = (x[pages].flatten(0, 1)[None, first : first + n - pad] for x in cache[:2])
+            of = cache.page_table[b, pad // spec.page_size : -(-n // spec.page_size)]
+            slots = slice(pad % spec.page_size, pad % spec.page_size + n - pad)
+        sequence = slice(b, b + 1)
+        k, v = _numbers(spec, cache, sequence, of, slots)
         # slices are views, so that results land in place
-        _attend(spec, q[of_q], k, v, out[of_q], lse[of_lse])
+        _attend(spec, _queries(spec, q[of_q], new, sequence), k, v, out[of_q], lse[of_lse])
+
+
+def _queries(spec: DecodeSpec, q, new: New, sequences: slice):
+    """q (batch, rows, heads, dim) of these sequences, dequantized."""
+    if q.dtype != E4M3:
+        return q
+    q = q.to(spec.lse_dtype)
+    if new.q_descale is None:
+        return q
+    return q * new.q_descale[sequences].repeat_interleave(spec.group_size, 1)[:, None, :, None]
+
+
+def _numbers(spec: DecodeSpec, cache: Cache, sequences: slice, of, slots: slice) -> tuple:
+    """(k, v) of these sequences, (sequences, keys, heads, dim), dequantized. `of`: rows; or pages, one after
+    the other. Factors of other slots are not looked at."""
+
+    def chosen(x):
+        x = x[of]
+        return (x.flatten(0, 1)[None] if spec.page_size else x)[:, slots]
+
+    def numbers(x, descale):
+        if descale is None:
+            return chosen(x)
+        if spec.descale_block:
+            each = chosen(descale.repeat_interleave(spec.descale_block, 1)[:, : x.shape[1]])
+        else:
+            each = descale[sequences, None]
+        return chosen(x).to(spec.lse_dtype) * each[..., None]
+
+    return numbers(cache.k, cache.k_descale), numbers(cache.v, cache.v_descale)
 
 
 def _attend(spec: DecodeSpec, q, k, v, out, lse) -> None:
@@ -131,7 +165,7 @@ def append(spec: AppendSpec):
     def plan(q, k, v, cache: Cache, new: New, rotary):
         packed = new.cu_seqlens_q is not None or new.cu_seqlens_k_new is not None
         tensors = (cache.seqlens, cache.batch_idx, cache.page_table, rotary[2])
-        if not packed and all(x is None for x in tensors):
+        if not packed and not spec.fp8 and all(x is None for x in tensors):
             return _append_alike(spec, q, k, v, cache, rotary)
         return _append_each(spec, q, k, v, cache, new, rotary)
 
@@ -166,6 +200,7 @@ def _append_each(spec: AppendSpec, q, k, v, cache: Cache, new: New, rotary):
     if k is not None:
         sequence, number, k, v = _tokens(spec.batch, new.cu_seqlens_k_new, k, v)
         if cos is not None:
+            k = k.float() if spec.fp8 else k  # then rounded once, to e4m3
             k = rotate(k, cos, sin, first[sequence] + number, spec.interleaved)
         _write(spec, cache, sequence, before[sequence] + number, k, v)
     if cos is None:
@@ -204,8 +239,42 @@ def _write(spec: AppendSpec, cache: Cache, sequence, slots, k, v) -> None:
         rows, slots = cache.page_table[sequence, pages].long(), within
     else:
         rows = sequence if cache.batch_idx is None else cache.batch_idx[sequence].long()
+    if spec.quantizes and spec.descale_block:
+        _fill_blocks(spec, cache, rows, slots, k, v)
+        return
+    if spec.quantizes:
+        k = saturated(k.float() / cache.k_descale[sequence, :, None])
+        v = saturated(v.float() / cache.v_descale[sequence, :, None])
     cache.k[rows, slots] = k
     cache.v[rows, slots] = v
+
+
+def _fill_blocks(spec: AppendSpec, cache: Cache, rows, slots, k, v) -> None:
+    """`_write` where factors belong to blocks, one block after the other."""
+    blocks = torch.stack((rows, slots // spec.descale_block), 1)
+    for row, block in blocks.unique(dim=0).tolist():
+        mine = (rows == row) & (slots // spec.descale_block == block)
+        start = block * spec.descale_block
+        fill_block(cache.k[row], cache.k_descale[row, block], start, slots[mine], k[mine])
+        fill_block(cache.v[row], cache.v_descale[row, block], start, slots[mine], v[mine])
+
+
+def fill_block(x, descale, start: int, slots, tokens) -> None:
+    """Write tokens (n, heads, dim) into slots, one after the other, of the block of x (all slots of a row,
+    heads, dim; e4m3) that starts at slot `start` and has the factors descale (heads,).
+
+    Factors are the largest that tokens or the slots before them want: powers of two, as `quant.scales` makes
+    them, or what else they were. Slots from `start` on do not count if the first of them is written now.
+    """
+    factor, _ = scales(tokens.float().abs().amax((0, 2)), powers=True)
+    first = int(slots.min())
+    if first > start:
+        factor = torch.maximum(descale, factor)  # NaN if one is
+        grown = (factor != descale).nonzero()[:, 0]  # heads
+        old = x[start:first, grown].float() * (descale / factor)[grown, None]
+        x[start:first, grown] = saturated(old)
+    x[slots] = saturated(tokens.float() / factor[:, None])
+    descale.copy_(factor)
 
 
 def rotate(x, cos, sin, positions, interleaved: bool) -> torch.Tensor:

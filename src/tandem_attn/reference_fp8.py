@@ -36,12 +36,13 @@ def fp8(spec: Fp8Spec):
 
     @reference.in_full_precision(question)
     def run(q, k, v_t, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, descales=None):
-        *factors, shift = descales
+        *factors, shift, v_mean = descales
         lengths = None
         if question.varlen:
             tensors = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
             lengths = Lengths(*tensors, question.seqlen_q, question.seqlen_k)
-        held = Fp8Tensors(q, k, v_t, *factors, shift, None, Fp8Recipe(), question.dtype, lengths)
+        corrections = (shift, None, v_mean)
+        held = Fp8Tensors(q, k, v_t, *factors, *corrections, Fp8Recipe(), question.dtype, lengths)
         numbers = (x.to(lse_dtype(question.dtype)) for x in held.rotated())
         out, lse = plan(*numbers, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         if shift is not None:

@@ -12,6 +12,7 @@ import torch
 from tandem_attn.quant import (
     BLOCK_K,
     BLOCK_Q,
+    MEAN_ROWS,
     channel_mean,
     quantized,
     rotated,
@@ -59,11 +60,14 @@ def quantize(spec: QuantizeSpec):
         q, k, v = rows_q.declared(q), rows_k.declared(k), rows_k.declared(v)
         if cos is not None:
             q, k = turned(q, k, rows_q, rows_k, cos, sin, spec.interleaved)
-        shift = mean = None
+        shift = k_mean = v_mean = None
         if spec.smooth_k:
-            mean = channel_mean(k, rows_k)
-            shift = mean_products(q, mean, rows_q)
-            k = rows_k.declared(k.to(spec_kind(spec)) - rows_k.of_each(mean))
+            k_mean = channel_mean(k, rows_k, MEAN_ROWS)
+            shift = mean_products(q, k_mean, rows_q)
+            k = rows_k.declared(k.to(spec_kind(spec)) - rows_k.of_each(k_mean))
+        if spec.smooth_v:
+            v_mean = channel_mean(v, rows_k)
+            v = rows_k.declared(v.to(spec_kind(spec)) - rows_k.of_each(v_mean))
         if spec.rotate:
             q, k = rotated(q, signs), rotated(k, signs)
         sides = ((q, rows_q, BLOCK_Q, False), (k, rows_k, BLOCK_K, False), (v, rows_k, BLOCK_K, True))
@@ -76,7 +80,7 @@ def quantize(spec: QuantizeSpec):
             rows_k.declared(rows_k.restored(k)).contiguous(),
         )
         v_t = transposed(v)[0] if spec.packed else transposed(v)
-        return Quantized(q, k, v_t, q_descale, k_descale, v_descale, shift, mean)
+        return Quantized(q, k, v_t, q_descale, k_descale, v_descale, shift, k_mean, v_mean)
 
     return plan
 

@@ -283,7 +283,7 @@ def check_dtype(name: str, dtype: torch.dtype, expected: torch.dtype, dtypes=DTY
         if dtype != expected:
             refuse(TypeError, name, f"of dtype {dtype}", f"the dtype of q, {expected}")
     elif dtype.is_floating_point and dtype.itemsize == 1:
-        supported = f"here {', '.join(map(str, dtypes))}; in FP8 {E4M3} for q, k and v, not over a cache yet"
+        supported = f"here {', '.join(map(str, dtypes))}; in FP8 {E4M3} for q, k and v, or for a cache"
         refuse(NotImplementedError, name, f"of dtype {dtype}", supported)
     else:
         refuse(TypeError, name, f"of dtype {dtype}", ", ".join(map(str, dtypes)))

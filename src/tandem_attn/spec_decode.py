@@ -10,16 +10,23 @@ from typing import NamedTuple
 
 import torch
 
-from tandem_attn.spec import NO_WINDOW, Window, dtype_name, lse_dtype
+from tandem_attn.quant import BLOCK_K
+from tandem_attn.spec import E4M3, NO_WINDOW, Window, dtype_name, lse_dtype
 
 MAX_SPLITS = 256  # of the keys of one call, as in FlashAttention-3
 SPLIT_STEP = 128  # split_size is a multiple of this many keys
 METADATA_SIZE = 4  # numbers in what get_scheduler_metadata returns
 ALIGNMENT = 16  # bytes
+SCALE_BLOCK = BLOCK_K  # slots of a row or page of an FP8 cache that share a factor, as quantize_qkv's keys do
 
 
 class Cache(NamedTuple):
-    """Where keys and values lie, and how many of them there are before this call."""
+    """Where keys and values lie, and how many of them there are before this call.
+
+    Of e4m3 the numbers are k * k_descale and v * v_descale. Factors, float32, are (batch, kv_heads), for each
+    sequence of the call; or (rows, blocks, kv_heads) beside the cache, for each SCALE_BLOCK slots of a row,
+    or page, and then written when keys are appended.
+    """
 
     k: torch.Tensor  # (rows, capacity, kv_heads, head_dim); with page_table (pages, page_size, ...)
     v: torch.Tensor
@@ -28,6 +35,8 @@ class Cache(NamedTuple):
     batch_idx: torch.Tensor | None
     leftpad: torch.Tensor | None
     page_table: torch.Tensor | None  # (batch, max_pages) int32
+    k_descale: torch.Tensor | None = None  # None: 16 bits and more
+    v_descale: torch.Tensor | None = None
 
 
 class New(NamedTuple):
@@ -36,6 +45,7 @@ class New(NamedTuple):
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k_new: torch.Tensor | None
     seqlen_new: int  # where cu_seqlens_k_new is None; 0: none
+    q_descale: torch.Tensor | None = None  # (batch, kv_heads) float32, of e4m3 queries; None: 1
 
 
 class Rotary(NamedTuple):
@@ -47,7 +57,7 @@ class Rotary(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The tensors and lengths of a call, in FlashAttention-3's order."""
+    """The tensors and lengths of a call, in FlashAttention-3's order up to rotary_seqlens."""
 
     q: torch.Tensor
     k_cache: torch.Tensor
@@ -64,6 +74,9 @@ class Given(NamedTuple):
     cu_seqlens_k_new: torch.Tensor | None = None
     max_seqlen_q: int | None = None
     rotary_seqlens: torch.Tensor | None = None
+    q_descale: torch.Tensor | None = None
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
 
     def parts(self) -> tuple[Cache, New, Rotary]:
         """The same, as plans take it. Without cache_seqlens every sequence is as long as there is room."""
@@ -71,11 +84,11 @@ class Given(NamedTuple):
         if not isinstance(seqlens, torch.Tensor):
             length = capacity_of(self.k_cache, self.page_table) if seqlens is None else seqlens
             seqlens = None
-        places = (self.cache_batch_idx, self.cache_leftpad, self.page_table)
+        places = (self.cache_batch_idx, self.cache_leftpad, self.page_table, self.k_descale, self.v_descale)
         added = 0 if self.k is None or self.cu_seqlens_k_new is not None else _columns(self.k)
         return (
             Cache(self.k_cache, self.v_cache, seqlens, length, *places),
-            New(self.cu_seqlens_q, self.cu_seqlens_k_new, added),
+            New(self.cu_seqlens_q, self.cu_seqlens_k_new, added, self.q_descale),
             Rotary(self.rotary_cos, self.rotary_sin, self.rotary_seqlens),
         )
 
@@ -103,7 +116,9 @@ class DecodeSpec:
     """Attention over a cache, without addresses and without lengths that change from call to call."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of out
+    q_dtype: torch.dtype
+    cache_dtype: torch.dtype
     batch: int
     seqlen_q: int  # of each sequence; packed_q: max_seqlen_q
     num_heads: int
@@ -130,7 +145,16 @@ class DecodeSpec:
     k_stride: tuple[int, ...]
     v_stride: tuple[int, ...]
     table_stride: int
+    descale_block: int  # slots that share a factor; 0: all of a sequence, or there are no factors
+    q_descale_stride: tuple[int, ...]  # (sequence, head); () without
+    k_descale_stride: tuple[int, ...]  # (row, block, head), or (sequence, 0, head); () without
+    v_descale_stride: tuple[int, ...]
     aligned: bool  # q, k_cache and v_cache start at multiples of 16 bytes
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the cache is e4m3."""
+        return self.cache_dtype == E4M3
 
     @property
     def group_size(self) -> int:
@@ -162,8 +186,9 @@ class DecodeSpec:
         """One line for explain()."""
         place = f"in pages of {self.page_size}" if self.page_size else "each"
         packed = "packed " if self.packed_q else ""
+        kind = dtype_name(self.q_dtype) + (f" over {_factors(self)}" if self.fp8 else "")
         return (
-            f"attention over a cache, {dtype_name(self.dtype)} on {self.device}: batch {self.batch}, "
+            f"attention over a cache, {kind} on {self.device}: batch {self.batch}, "
             f"{self.seqlen_q} {packed}queries x up to {self.capacity} keys {place}, {self.num_heads} heads "
             f"over {self.num_kv_heads}, head_dim {self.head_dim}/{self.head_dim_v}, {self.window}, "
             f"softcap {self.softcap:g}, splits {self.num_splits or 'auto'}"
@@ -176,7 +201,10 @@ class AppendSpec:
     """What happens before attention: new keys and values go into the cache, rotated if asked, as is q."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of out
+    q_dtype: torch.dtype
+    cache_dtype: torch.dtype
+    new_dtype: torch.dtype | None  # of new keys and values
     batch: int
     seqlen_q: int
     packed_q: bool
@@ -208,7 +236,20 @@ class AppendSpec:
     k_stride: tuple[int, ...]
     v_stride: tuple[int, ...]
     table_stride: int
+    descale_block: int  # as in DecodeSpec
+    k_descale_stride: tuple[int, ...]
+    v_descale_stride: tuple[int, ...]
     rotary_stride: int  # elements from one position to the next, in both tables
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the cache is e4m3."""
+        return self.cache_dtype == E4M3
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether new numbers become e4m3; those that are go in bit by bit."""
+        return self.fp8 and self.has_new and self.new_dtype != E4M3
 
     @property
     def is_empty(self) -> bool:
@@ -222,7 +263,24 @@ class AppendSpec:
         """One line for explain()."""
         new = f"{self.total_new} new tokens" if self.has_new else "no new tokens"
         rotary = f"rotary over {self.rotary_dim} columns" if self.rotary_dim else "no rotary"
-        return f"append to a cache, {dtype_name(self.dtype)} on {self.device}: {new}, {rotary}"
+        kind = _factors(self) if self.fp8 else dtype_name(self.dtype)
+        return f"append to a cache, {kind} on {self.device}: {new}, {rotary}"
+
+
+def _factors(spec: DecodeSpec | AppendSpec) -> str:
+    """What an FP8 cache is, for explain()."""
+    each = f"block of {spec.descale_block} slots" if spec.descale_block else "sequence"
+    return f"e4m3 with a factor for each {each} and KV head"
+
+
+def out_dtype(q_dtype: torch.dtype) -> torch.dtype:
+    """Of the output for queries of this type: bfloat16 for e4m3, as in FlashAttention-3."""
+    return torch.bfloat16 if q_dtype == E4M3 else q_dtype
+
+
+def per_block(descale: torch.Tensor | None) -> bool:
+    """Whether these are factors beside the cache, which appending writes; else those of sequences."""
+    return descale is not None and descale.dim() == 3
 
 
 def capacity_of(k_cache: torch.Tensor, page_table: torch.Tensor | None) -> int:
@@ -251,6 +309,7 @@ def decode_spec(q, cache: Cache, new: New, max_seqlen_q, options: DecodeOptions,
         num_splits=options.num_splits,
         split_size=options.split_size,
         sm_margin=options.sm_margin,
+        q_descale_stride=() if new.q_descale is None else new.q_descale.stride(),
         aligned=addresses % ALIGNMENT == 0,
     )
 
@@ -263,6 +322,7 @@ def append_spec(given: Given, options: DecodeOptions) -> AppendSpec:
     total_new = 0 if k is None else k.shape[0] if shared["packed_new"] else k.shape[0] * k.shape[1]
     return AppendSpec(
         **shared,
+        new_dtype=None if k is None else k.dtype,
         max_new=total_new if shared["packed_new"] else new.seqlen_new,
         total_new=total_new,
         has_new=k is not None,
@@ -283,7 +343,9 @@ def _shared_facts(q, cache: Cache, new: New, max_seqlen_q) -> dict:
     packed, table = new.cu_seqlens_q is not None, cache.page_table
     return dict(
         device=q.device,
-        dtype=q.dtype,
+        dtype=out_dtype(q.dtype),
+        q_dtype=q.dtype,
+        cache_dtype=cache.k.dtype,
         batch=new.cu_seqlens_q.shape[0] - 1 if packed else q.shape[0],
         seqlen_q=int(max_seqlen_q) if packed else q.shape[1],
         num_heads=q.shape[-2],
@@ -304,4 +366,14 @@ def _shared_facts(q, cache: Cache, new: New, max_seqlen_q) -> dict:
         k_stride=cache.k.stride(),
         v_stride=cache.v.stride(),
         table_stride=0 if table is None else table.stride(0),
+        descale_block=SCALE_BLOCK if per_block(cache.k_descale) else 0,
+        k_descale_stride=_descale_stride(cache.k_descale),
+        v_descale_stride=_descale_stride(cache.v_descale),
     )
+
+
+def _descale_stride(x: torch.Tensor | None) -> tuple[int, ...]:
+    """(row, block, head), or (sequence, 0, head)."""
+    if x is None:
+        return ()
+    return x.stride() if per_block(x) else (x.stride(0), 0, x.stride(1))

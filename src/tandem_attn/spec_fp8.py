@@ -33,6 +33,7 @@ class Fp8Spec:
     attention: AttentionSpec  # the question itself; dtype: of out; strides: of q, k and v_t
     per_block: bool  # a descale per block, else per head of a sequence
     corrects_lse: bool
+    adds_mean: bool  # of V, to the output
     padded_k: int  # columns of v_t
 
     @property
@@ -101,6 +102,7 @@ def fp8_spec(x: Fp8Tensors, options: Options) -> Fp8Spec:
         ),
         per_block=_per_block(x),
         corrects_lse=x.lse_shift is not None,
+        adds_mean=x.v_mean is not None,
         padded_k=x.v_t.shape[-1],
     )
 
@@ -162,7 +164,7 @@ def _check_tensors(x: Fp8Tensors) -> None:
 
 
 def _check_descales(x: Fp8Tensors, batch: int, heads: int, kv_heads: int) -> None:
-    """Raise unless descales have one of the shapes, and lse_shift that of lse."""
+    """Raise unless descales have one of the shapes, lse_shift that of lse, v_mean a number per channel."""
     packed = x.lengths is not None
     _check_kinds(x)
     sides = (("q", heads, x.q.shape[-3], BLOCK_Q), ("k", kv_heads, x.k.shape[-3], BLOCK_K))
@@ -178,20 +180,24 @@ def _check_descales(x: Fp8Tensors, batch: int, heads: int, kv_heads: int) -> Non
             was = f"of shape {tuple(t.shape)}, strides {t.stride()}"
             how = "contiguous" if per_block else "one number per head, contiguous, expanded along blocks"
             refuse(ValueError, name, was, f"{expected}, {how}")
-    if x.lse_shift is not None:
-        rows = x.q.shape[-3]
-        expected = (heads, rows) if packed else (batch, heads, rows)
-        t = x.lse_shift
-        if tuple(t.shape) != expected or not t.is_contiguous():
-            was = f"of shape {tuple(t.shape)}, strides {t.stride()}"
-            refuse(ValueError, "lse_shift", was, f"{expected}, contiguous")
+    rows = x.q.shape[-3]
+    _check_correction("lse_shift", x.lse_shift, (heads, rows) if packed else (batch, heads, rows))
+    _check_correction("v_mean", x.v_mean, (batch, kv_heads, x.v_t.shape[-2]))
+
+
+def _check_correction(name: str, t: torch.Tensor | None, expected: tuple[int, ...]) -> None:
+    """Raise unless t is None or lies as the kernels read it."""
+    if t is not None and (tuple(t.shape) != expected or not t.is_contiguous()):
+        was = f"of shape {tuple(t.shape)}, strides {t.stride()}"
+        refuse(ValueError, name, was, f"{expected}, contiguous")
 
 
 def _check_kinds(x: Fp8Tensors) -> None:
-    """Raise unless descales, and lse_shift if there is one, are float32 tensors beside q."""
-    for name in ("q_descale", "k_descale", "v_descale", "lse_shift"):
+    """Raise unless descales, and corrections if there are any, are float32 tensors beside q."""
+    corrections = ("lse_shift", "v_mean")
+    for name in ("q_descale", "k_descale", "v_descale", *corrections):
         t = getattr(x, name)
-        if t is None and name == "lse_shift":
+        if t is None and name in corrections:
             continue
         if not isinstance(t, torch.Tensor):
             refuse(TypeError, name, type(t).__name__, "a torch.Tensor of dtype float32")

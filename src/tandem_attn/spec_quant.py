@@ -40,6 +40,7 @@ class Quantized(NamedTuple):
     v_descale: torch.Tensor
     lse_shift: torch.Tensor | None
     k_mean: torch.Tensor | None
+    v_mean: torch.Tensor | None
 
 
 class RotaryTables(NamedTuple):
@@ -66,6 +67,7 @@ class QuantizeSpec:
     head_dim_v: int
     rotate: bool
     smooth_k: bool
+    smooth_v: bool
     granularity: str
     rotary_dim: int  # 0: no rotary embedding
     rotary_len: int  # positions in the tables
@@ -111,6 +113,7 @@ class QuantizeSpec:
             f"{self.seqlen_k} keys, {self.num_heads} heads over {self.num_kv_heads}, "
             f"head_dim {self.head_dim}/{self.head_dim_v}, {'rotated' if self.rotate else 'not rotated'}, "
             f"mean of K {'subtracted' if self.smooth_k else 'kept'}, "
+            f"of V {'subtracted' if self.smooth_v else 'kept'}, "
             f"a scale for a {self.granularity}{rotary}"
         )
 
@@ -172,6 +175,7 @@ def empty_tensors(spec: QuantizeSpec) -> Quantized:
         zeros(*spec.descale_shape(spec.seqlen_k, g, BLOCK_K)) + 1,
         zeros(*spec.lse_shape) if spec.smooth_k else None,
         zeros(spec.batch, g, spec.head_dim) if spec.smooth_k else None,
+        zeros(spec.batch, g, spec.head_dim_v) if spec.smooth_v else None,
     )
 
 
@@ -202,6 +206,7 @@ def quantize_spec(
         head_dim_v=v.shape[-1],
         rotate=recipe.rotate,
         smooth_k=recipe.smooth_k,
+        smooth_v=recipe.smooth_v,
         granularity=recipe.granularity,
         rotary_dim=0 if cos is None else 2 * cos.shape[1],
         rotary_len=0 if cos is None else cos.shape[0],

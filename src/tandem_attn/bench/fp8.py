@@ -1,4 +1,5 @@
-"""`bench fp8`: how fast attention in FP8 is, how fast numbers become FP8, and how accurate the result is.
+"""`bench fp8`: how fast attention in FP8 and over FP8 caches is, how fast numbers become FP8, and how
+accurate the result is.
 
 Each result is checked before it is timed. FlashAttention-3's e4m3 figures are not of this run: they were
 recorded on the same kind of card, and cuDNN's 16-bit figures of both days say how the days compare.
@@ -21,6 +22,7 @@ from tandem_attn.bench import (
     decode,
     environment,
     fp8_accuracy,
+    fp8_cache,
     fp8_cases,
     fp8_plot,
     fp8_quantize,
@@ -91,6 +93,7 @@ def measures(
         fp8_cases.RecipeCase: functools.partial(fp8_accuracy.measure_recipe, **where),
         fp8_cases.LengthCase: functools.partial(fp8_accuracy.measure_length, **where),
         fp8_cases.NeedleCase: functools.partial(fp8_accuracy.measure_needle, **where),
+        fp8_cache.CacheCase: functools.partial(fp8_cache.measure_case, **where),
     }
 
 

@@ -1,4 +1,4 @@
-"""What `bench fp8` asks: cells of the grid, tensors to be quantized, and questions about accuracy."""
+"""What `bench fp8` asks: cells of the grid, tensors to be quantized, caches, and questions about accuracy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 import tandem_attn
-from tandem_attn.bench import cases
+from tandem_attn.bench import cases, fp8_cache
 from tandem_attn.bench.cases import BenchCase
 from tandem_attn.testing import Case
 
@@ -64,7 +64,7 @@ class Row:
     standard: bool = False  # plain attention that rounds scores and probabilities, not our functions
 
 
-STANDARD, BASELINE, FULL = "fp16-standard", "fp8-per-tensor", "fp8-full"
+STANDARD, BASELINE, FULL, V_SMOOTHED = "fp16-standard", "fp8-per-tensor", "fp8-full", "fp8-v-mean-off"
 ROWS = {
     STANDARD: Row(paper=3.2e-4, standard=True),
     "fp16": Row(paper=1.9e-4),
@@ -74,6 +74,7 @@ ROWS = {
     "fp8-no-blocks": Row(recipe=tandem_attn.Fp8Recipe(True, False, "tensor"), paper=9.3e-3),
     "fp8-paper": Row(recipe=tandem_attn.Fp8Recipe(True, False, "block"), paper=9.1e-3),
     FULL: Row(recipe=tandem_attn.Fp8Recipe()),
+    V_SMOOTHED: Row(recipe=tandem_attn.Fp8Recipe(smooth_v=True)),
 }
 
 
@@ -111,7 +112,7 @@ class LengthCase:
     group: str
     id: str
     case: Case
-    rows: tuple[str, ...] = ("fp16", FULL)  # of ROWS
+    rows: tuple[str, ...] = ("fp16", FULL, V_SMOOTHED)  # of ROWS
 
 
 LENGTHS = tuple(1024 * 2**i for i in range(8))  # 1k to 128k
@@ -157,6 +158,7 @@ def _smoke() -> list:
     found.append(QuantizeCase("smoke", "smoke-transpose-v", small, None))
     case = _square(1, SMOKE_SEQLEN, (2, 2), 128)
     found += [RecipeCase("smoke", f"smoke-outliers-{row}", case, row) for row in ROWS]
+    found += fp8_cache.made("smoke", fp8_cache.SMOKE, fp8_cache.SMOKE[:1])
     few = _lengths((256, SMOKE_SEQLEN), 128, 2) + _needles(SMOKE_SEQLEN, 2)
     return found + [dataclasses.replace(one, group="smoke", id=f"smoke-{one.id}") for one in few]
 
@@ -180,6 +182,7 @@ GROUPS = {
     "recipes": _recipes,
     "lengths": _lengths,
     "needle": _needles,
+    "cache": lambda: fp8_cache.made("cache", fp8_cache.SHAPES, fp8_cache.APPENDED),
     "smoke": _smoke,
 }
-Fp8Case = BenchCase | QuantizeCase | RecipeCase | LengthCase | NeedleCase
+Fp8Case = BenchCase | QuantizeCase | RecipeCase | LengthCase | NeedleCase | fp8_cache.CacheCase

@@ -7,7 +7,7 @@ import pathlib
 from tandem_attn.bench import UserError
 
 FORMATS = ("png", "svg")
-MARKERS = "osD^v*P"
+MARKERS = "osD^v*PX"
 
 
 def require_format(path: pathlib.Path | None) -> None:

@@ -18,6 +18,7 @@ def line(record: dict) -> str:
         "recipe": lambda result: _scientific(result) or report.cell(result),
         "length": lambda result: _cell(result, "relative", _of_one),
         "needle": lambda result: _cell(result, "through", _share),
+        "cache": lambda result: _cell(result, "median_us", lambda value: f"{number(value)} us"),
     }[record["kind"]]
     parts = [f"{name} {shown(result)}" for name, result in record["results"].items()]
     return f"{record['id']:<28} " + ", ".join(parts)
@@ -55,6 +56,7 @@ def tables(document: dict) -> list[Table]:
         "recipe": _recipes,
         "length": _lengths,
         "needle": _needles,
+        "cache": _caches,
     }
     for group in dict.fromkeys(record["group"] for record in document["cases"]):
         for kind, make in makers.items():
@@ -132,6 +134,23 @@ def _needles(records: list[dict]) -> Table:
         rows.append(row)
     header = ["needle at key", "exact", *(text for name in names for text in (name, "its worst head"))]
     return "how much of the needle's answer comes through", header, rows
+
+
+def _caches(records: list[dict]) -> Table:
+    names = list(dict.fromkeys(name for record in records for name in record["results"]))
+    header = ["case", "MB in bf16", *(f"{name} us" for name in names)]
+    header += [f"tokens/s, {name} / {names[0]}" for name in names[1:]]
+    rows = []
+    for record in records:
+        found = record["results"]
+        row = [record["id"], number(record["bf16_bytes"] / 2**20)]
+        row += [_cell(found.get(name), "median_us", number) for name in names]
+        rows.append([*row, *(_times(found.get(name)) for name in names[1:])])
+    return "attention over a KV cache in e4m3", header, rows
+
+
+def _times(result: dict | None) -> str:
+    return f"{result['tokens_of_bf16']:.2f}" if result and "tokens_of_bf16" in result else ""
 
 
 def remarks(document: dict) -> list[str]:

@@ -6,6 +6,7 @@ per segment. The 3-D layout makes the warp the batch dimension. `WarpRows`: 64 r
 every warp owns 16 rows and sees all keys. Measured against each other: docs/kernels/decode.md.
 """
 
+from tandem_attn.device.cache_numbers import chunk_of
 from tandem_attn.device.gluon import (
     aggregate,
     fence_async_shared,
@@ -78,19 +79,8 @@ def clear_ragged(v_smem, stage, rows, n0):
     keep = ((key < rows.length) & (key >= rows.pad))[:, None]
     for c in gl.static_range(config.v_chunks):
         v = chunk_of(v_smem, stage, c, config.v_chunks, config.v_width, config)
-        v.store(gl.where(keep, v.load(layout), 0.0))
+        v.store(gl.where(keep, v.load(layout), 0))
     fence_async_shared()
-
-
-@gluon.jit
-def chunk_of(smem, stage, c: gl.constexpr, chunks: gl.constexpr, width: gl.constexpr, config: gl.constexpr):
-    """Chunk c of a stage, [tile_n, width]: its pieces lie one after the other."""
-    if config.pieces == 1:
-        return smem.index(stage * chunks + c)
-    else:
-        shape: gl.constexpr = [config.stages_held * chunks, config.tile_n, width]
-        layout: gl.constexpr = config.tile_layout(width)
-        return reinterpreted(smem, smem.dtype, shape, layout).index(stage * chunks + c)
 
 
 @aggregate
@@ -100,6 +90,47 @@ class State:
     row_max: gl.tensor
     row_sum: gl.tensor
     o: gl.tuple
+    unit: gl.tuple  # of o, for each warp or for all; of a cache without factors ()
+
+
+@gluon.jit
+def scaled_rows(scales, unit, config: gl.constexpr):
+    """(score, or capped score, to exponent of 2; score to argument of tanh), of rows in their own units."""
+    if config.softcap:
+        return scales[0], scales[1] * unit
+    else:
+        return scales[0] * unit, scales[1]
+
+
+@gluon.jit
+def of_scores(scale, of_rows: gl.constexpr):
+    """The scale of rows, to go with a tile of scores; or a number."""
+    if of_rows:
+        return gl.expand_dims(scale, len(scale.shape))
+    else:
+        return scale
+
+
+@gluon.jit
+def unit_of_o(top, before):
+    """(unit of O after a tile whose largest factor of V is `top`, what O before is worth in it).
+
+    float16 probabilities have no room for any factor: they take it in units of the largest of a tile. A tile
+    without keys (0) leaves the unit as it is.
+    """
+    unit = gl.where(top > 0.0, top, before)
+    return unit, before / unit
+
+
+@gluon.jit
+def joined(parts):
+    """Columns of a tile from operands of even and of odd ones; one operand has them all."""
+    if len(parts) == 1:
+        return parts[0]
+    else:
+        pairs = gl.join(parts[0], parts[1])
+        rank: gl.constexpr = len(parts[0].shape)
+        return pairs.reshape(pairs.shape[: rank - 1] + [pairs.shape[rank - 1] * 2])
 
 
 @policy()
@@ -113,7 +144,7 @@ class WarpKeys:
         """Q as left operands, one for each chunk of columns; or where it is, if registers would not do."""
         if self.config.q_in_registers:
             parts = ()
-            for c in gl.static_range(self.config.k_chunks):
+            for c in gl.static_range(self.config.q_chunks):
                 parts = parts + (self._chunk_of_q(q_smem, c),)
             return parts
         else:
@@ -135,14 +166,34 @@ class WarpKeys:
             return self._chunk_of_q(q, c)
 
     @gluon.jit
+    def scales(self, units, scales):
+        """What scores and maxima are multiplied by: numbers, or tensors of rows."""
+        if self.config.scaled:
+            layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, self.config.mma))
+            unit = gl.expand_dims(units.index(0).load(layout), 0)
+            return scaled_rows(scales, unit, self.config)
+        else:
+            return scales[0], scales[1]
+
+    @gluon.jit
     def empty(self):
         config: gl.constexpr = self.config
         layout: gl.constexpr = gl.SliceLayout(2, config.mma)
         o = ()
-        for _ in gl.static_range(config.v_chunks):
+        for _ in gl.static_range(config.o_chunks):
             o = o + (gl.zeros([config.num_warps, config.tile_m, config.v_width], gl.float32, config.mma),)
         row_max = gl.full([config.num_warps, config.tile_m], float("-inf"), gl.float32, layout)
-        return State(row_max, gl.zeros([config.num_warps, config.tile_m], gl.float32, layout), o)
+        unit = ()
+        if config.scaled:
+            unit = (gl.full([config.num_warps], 1.0, gl.float32, gl.SliceLayout(1, layout)),)
+        return State(row_max, gl.zeros([config.num_warps, config.tile_m], gl.float32, layout), o, unit)
+
+    @gluon.jit
+    def _factors(self, tiles, row):
+        """[warps, keys of a warp], of the keys of a tile."""
+        keys: gl.constexpr = self.config.tile_n // self.config.num_warps
+        of_keys = tiles.numbers.factors.index(row).reshape([self.config.num_warps, keys])
+        return of_keys.load(gl.SliceLayout(1, self.config.mma))
 
     @gluon.jit
     def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
@@ -156,9 +207,13 @@ class WarpKeys:
         for c in gl.static_range(config.k_chunks):
             k = chunk_of(tiles.k_smem, stage, c, config.k_chunks, config.k_width, config)
             k = k.reshape([W, keys, config.k_width]).permute((0, 2, 1)).load(right)
-            s = mma_v2(self._operand_chunk(q, c), k, s)
+            parts = tiles.numbers.operands(k)
+            for i in gl.static_range(config.parts):
+                s = mma_v2(self._operand_chunk(q, c * config.parts + i), parts[i], s)
+        if config.scaled:
+            s = s * self._factors(tiles, stage * 2)[:, None, :]
         if config.softcap:
-            s = soft_capped(s, inner_scale)
+            s = soft_capped(s, of_scores(inner_scale, config.scaled))
         if rows.partial(n0):
             warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, mma)))
             r = gl.arange(0, M, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
@@ -171,16 +226,28 @@ class WarpKeys:
         row_max = gl.maximum(state.row_max, gl.max(s, 2) * scale_log2)
         base = gl.where(row_max == float("-inf"), 0.0, row_max)  # a warp may have seen masked keys only
         alpha = gl.exp2(state.row_max - base)
-        p = gl.exp2(s * scale_log2 - base[:, :, None])
+        scale = of_scores(scale_log2, config.scaled and not config.softcap)
+        p = gl.exp2(s * scale - base[:, :, None])
         row_sum = state.row_sum * alpha + gl.sum(p, 2)
+        unit = ()
+        if config.scaled:
+            f = self._factors(tiles, stage * 2 + 1)
+            of_warp: gl.constexpr = gl.SliceLayout(1, f.type.layout)
+            top = gl.convert_layout(gl.max(f, 1), state.unit[0].type.layout, assert_trivial=True)
+            unit, worth = unit_of_o(top, state.unit[0])
+            inverse = gl.convert_layout(1.0 / unit, of_warp, assert_trivial=True)
+            p = p * (f * inverse[:, None])[:, None, :]
+            alpha = alpha * worth[:, None]
+            unit = (unit,)
         p = gl.convert_layout(p.to(config.dtype.value), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
         o = ()
         for c in gl.static_range(config.v_chunks):
             v = chunk_of(tiles.v_smem, stage, c, config.v_chunks, config.v_width, config)
-            o = o + (
-                mma_v2(p, v.reshape([W, keys, config.v_width]).load(right), state.o[c] * alpha[:, :, None]),
-            )
-        return State(row_max, row_sum, o)
+            parts = tiles.numbers.operands(v.reshape([W, keys, config.v_width]).load(right))
+            for i in gl.static_range(config.parts):
+                before = state.o[c * config.parts + i] * alpha[:, :, None]
+                o = o + (mma_v2(p, parts[i], before),)
+        return State(row_max, row_sum, o, unit)
 
     @gluon.jit
     def finish(self, state, tiles, scratch, stage):
@@ -200,12 +267,17 @@ class WarpKeys:
             o_smem = scratch[1]
         ml_smem.index(0).store(state.row_max)
         ml_smem.index(1).store(state.row_sum)
+        o = state.o
+        if config.scaled:
+            unit = state.unit[0][:, None, None]
+            o = (o[0] * unit, o[1] * unit)
+        o = joined(o)
         if kept < M:  # half of the registers hold padding
-            halves = gl.permute(gl.reshape(state.o[0], [W, 2, kept, config.v_width]), (0, 2, 3, 1))
+            halves = gl.permute(gl.reshape(o, [W, 2, kept, config.out_width]), (0, 2, 3, 1))
             low, high = gl.split(halves)
             o_smem.store(low)
         else:
-            o_smem.store(state.o[0])
+            o_smem.store(o)
         by_row: gl.constexpr = gl.SliceLayout(2, layout)
         row_max = ml_smem.index(0).slice(0, rows, dim=1).load(by_row)
         row_sum = ml_smem.index(1).slice(0, rows, dim=1).load(by_row)
@@ -231,6 +303,10 @@ class WarpRows:
         return q_smem
 
     @gluon.jit
+    def scales(self, units, scales):
+        return scales[0], scales[1]
+
+    @gluon.jit
     def empty(self):
         config: gl.constexpr = self.config
         layout: gl.constexpr = gl.SliceLayout(1, config.o_layout)
@@ -238,7 +314,7 @@ class WarpRows:
         for _ in gl.static_range(config.v_chunks):
             o = o + (gl.zeros([config.tile_m, config.v_width], gl.float32, config.o_layout),)
         row_max = gl.full([config.tile_m], float("-inf"), gl.float32, layout)
-        return State(row_max, gl.zeros([config.tile_m], gl.float32, layout), o)
+        return State(row_max, gl.zeros([config.tile_m], gl.float32, layout), o, ())
 
     @gluon.jit
     def attend(self, q, tiles, stage, state, rows, n0, scale_log2, inner_scale):
@@ -262,7 +338,7 @@ class WarpRows:
         row_sum = state.row_sum * alpha + gl.convert_layout(gl.sum(p, 1), by_row)
         operand: gl.constexpr = gl.DotOperandLayout(0, config.o_layout, 2)
         p = gl.convert_layout(p.to(config.dtype.value), operand, assert_trivial=True)
-        return State(row_max, row_sum, self._output(p, alpha, tiles, stage, state.o))
+        return State(row_max, row_sum, self._output(p, alpha, tiles, stage, state.o), ())
 
     @gluon.jit
     def _scores(self, q, tiles, stage):

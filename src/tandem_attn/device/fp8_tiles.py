@@ -9,7 +9,8 @@ from tandem_attn.device.sequence import PADDING
 
 TILE = PADDING
 LARGEST = gl.constexpr(448.0)  # of e4m3
-LEAST_AMAX = gl.constexpr(2.0**-100)  # as in quant.py
+LEAST_AMAX = gl.constexpr(2.0**-100)  # as in quant.py, like what follows
+MEAN_ROWS = gl.constexpr(256)
 SEQUENCES_AT_ONCE = gl.constexpr(256)  # of packed ones, in the search for a tile's
 
 
@@ -101,6 +102,24 @@ class Rotary:
         return position * self.stride * 8
 
 
+# The sample of keys that K's mean is taken from
+
+
+@gluon.jit
+def sample_size(length):
+    """How many of a sequence."""
+    return gl.minimum(length, MEAN_ROWS)
+
+
+@gluon.jit
+def sampled_row(i, length, count):
+    """Row i * length // count: number i of `count`, which are all of them or MEAN_ROWS. No product here has
+    more than 31 bits."""
+    step = length // gl.maximum(count, 1)
+    rest = length - step * count  # 0 if they are all
+    return i * step + i * rest // MEAN_ROWS
+
+
 # Numbers
 
 
@@ -172,6 +191,13 @@ class Side:
         first += (place.start + place.m).to(gl.int64) * self.row_stride
         row = gl.arange(0, count, gl.SliceLayout(1, layout))
         return (self.x + first * 8) + (row * (self.row_stride * 8))[:, None]
+
+    @gluon.jit
+    def rows_at(self, b, start, head, row):
+        """[rows, 1] pointers to rows `row` (a vector) of sequence b, which begins with row `start`."""
+        first = b.to(gl.int64) * self.batch_stride + head.to(gl.int64) * self.head_stride
+        first += start.to(gl.int64) * self.row_stride
+        return (self.x + (first + row.to(gl.int64) * self.row_stride) * 8)[:, None]
 
     @gluon.jit
     def places(

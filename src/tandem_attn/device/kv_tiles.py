@@ -54,6 +54,7 @@ class LoadedTiles:
     table_stride: gl.tensor
     batch_idx: gl.tensor
     head: gl.tensor
+    numbers: base_value
     config: gl.constexpr
 
     @gluon.jit
@@ -107,11 +108,27 @@ class LoadedTiles:
         )
         load_pieces(self.k, self.k_smem, bar, stage, places, self.head, k_chunks, self.config.k_width, valid)
         load_pieces(self.v, self.v_smem, bar, stage, places, self.head, v_chunks, self.config.v_width, valid)
+        if self.config.scaled:
+            self._copy_factors(stage, at, places, valid)
+
+    @gluon.jit
+    def _copy_factors(self, stage, at, places, valid):
+        n = gl.arange(0, self.config.tile_n, self.config.keys_layout)
+        key = at.tile * self.config.tile_n + n
+        row, slot = places[0][0] + n * 0, places[0][1] + n
+        for p in gl.static_range(1, self.config.pieces):
+            there = n >= p * self.config.piece_rows
+            row = gl.where(there, places[p][0], row)
+            slot = gl.where(there, n - p * self.config.piece_rows, slot)
+        self.numbers.copy(stage, at, row, slot, valid & (key < at.length) & (key >= at.pad))
+        async_copy.commit_group()
 
     @gluon.jit
     def wait(self, it):
         """Until fill number `it` has landed."""
         num_stages: gl.constexpr = self.config.num_stages
+        if self.config.scaled:
+            async_copy.wait_group(num_stages - 2)
         mbarrier.wait(self.full.index(it % num_stages), (it // num_stages) & 1)
 
     @gluon.jit
@@ -135,6 +152,7 @@ class GatheredTiles:
     head: gl.tensor
     k_strides: gl.tuple  # of a sequence or page, a key, a head
     v_strides: gl.tuple
+    numbers: base_value
     config: gl.constexpr
 
     @gluon.jit
@@ -151,7 +169,7 @@ class GatheredTiles:
         """(sequence or page, row in it) of every key of the tile, for K and for V."""
         places = ()
         for i in gl.static_range(self.config.copy_widths):
-            rows = self._rows(at, self.config.head_dim if i == 0 else self.config.head_dim_v)
+            rows = self._rows(at, self.config.k_width if i == 0 else self.config.v_width)
             if self.config.paged:
                 there = valid & (rows < at.length) & (rows >= at.pad)
                 page = (rows.to(gl.uint32) // self.config.page_size).to(gl.int32)
@@ -181,13 +199,19 @@ class GatheredTiles:
 
     @gluon.jit
     def copy(self, stage, at, places, valid):
-        width: gl.constexpr = self.config.head_dim
-        width_v: gl.constexpr = self.config.head_dim_v
+        width: gl.constexpr = self.config.k_width
+        width_v: gl.constexpr = self.config.v_width
+        columns: gl.constexpr = self.config.columns // self.config.parts
+        columns_v: gl.constexpr = self.config.columns_v // self.config.parts
         offsets = self._offsets(self.k_strides, places[0])
-        self._copy_one(self.k, self.k_smem.index(stage), offsets, at, valid, self.config.columns, width)
+        self._copy_one(self.k, self.k_smem.index(stage), offsets, at, valid, columns, width)
         if not self.config.same_strides:
             offsets = self._offsets(self.v_strides, places[self.config.copy_widths - 1])
-        self._copy_one(self.v, self.v_smem.index(stage), offsets, at, valid, self.config.columns_v, width_v)
+        self._copy_one(self.v, self.v_smem.index(stage), offsets, at, valid, columns_v, width_v)
+        if self.config.scaled:
+            rows = self._rows(at, width)
+            keep = valid & (rows < at.length) & (rows >= at.pad)
+            self.numbers.copy(stage, at, places[0][0], places[0][1], keep)
         async_copy.commit_group()
 
     @gluon.jit

@@ -40,10 +40,10 @@ def store_result(results, work, item, x, lse, row0: gl.constexpr, config: gl.con
     """Write final rows of an item, from row0 on: chunks x [rows, v_width] and base-2 lse [rows]."""
     layout: gl.constexpr = x[0].type.layout
     count: gl.constexpr = x[0].shape[0]
-    width: gl.constexpr = config.v_width
+    width: gl.constexpr = config.out_width
     r = row0 + gl.arange(0, count, gl.SliceLayout(1, layout))
     of_out, _, there = results.places(work, item, r, config)
-    for c in gl.static_range(config.v_chunks):
+    for c in gl.static_range(config.out_chunks):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
         to = results.out + (of_out * config.columns_v)[:, None] + columns[None, :]
         keep = there[:, None] & (columns < config.columns_v)[None, :]
@@ -58,10 +58,10 @@ def store_partial(results, slot, x, lse, row0: gl.constexpr, config: gl.constexp
     """Write rows of one partial result of an item, from row0 on."""
     layout: gl.constexpr = x[0].type.layout
     count: gl.constexpr = x[0].shape[0]
-    width: gl.constexpr = config.v_width
+    width: gl.constexpr = config.out_width
     r = row0 + gl.arange(0, count, gl.SliceLayout(1, layout))
     at = slot.to(gl.int64) * config.rows + r
-    for c in gl.static_range(config.v_chunks):
+    for c in gl.static_range(config.out_chunks):
         columns = c * width + gl.arange(0, width, gl.SliceLayout(0, layout))
         to = results.o_part + (at * config.head_dim_v)[:, None] + columns[None, :]
         gl.store(to, x[c], mask=(r < config.rows)[:, None])
@@ -73,10 +73,10 @@ def store_partial(results, slot, x, lse, row0: gl.constexpr, config: gl.constexp
 @gluon.jit
 def store_zeros(results, work, item, config: gl.constexpr):
     """0 and -inf for an item that sees no key."""
-    width: gl.constexpr = config.v_width
+    width: gl.constexpr = config.out_width
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [gl.num_warps(), 1], [1, 0])
     x = ()
-    for _ in gl.static_range(config.v_chunks):
+    for _ in gl.static_range(config.out_chunks):
         x = x + (gl.zeros([config.tile_m, width], gl.float32, layout),)
     lse = gl.full([config.tile_m], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
     store_result(results, work, item, x, lse, 0, config)

@@ -47,6 +47,12 @@ class Plain:
         """The log-sum-exp of the question asked, from that of the operands."""
         return lse
 
+    @gluon.jit
+    def restored(self, o, sees, sequence, kv_head, first: gl.constexpr, columns):
+        """The output of the question asked, from that of the operands: columns from `first` on, of which
+        there are `columns` in all. sees: 1.0, or 0.0 in rows without a key, which stay 0."""
+        return o
+
 
 @policy()
 class Descaled:
@@ -54,6 +60,7 @@ class Descaled:
 
     Factors are (sequence, head, block) in memory; those of packed sequences (head, block), each sequence
     beginning with a block of its own. With block_step 0 a head has one factor, (sequence, head) in any case.
+    V may come without a constant per channel: rows of P sum to one, so that it is added to the output.
     """
 
     scale: gl.tensor  # times q's factor, once `of` has been asked
@@ -61,6 +68,7 @@ class Descaled:
     k: gl.tensor
     v: gl.tensor
     lse_shift: base_value  # None, or a pointer to what lse is short of per row, in units of the scale
+    v_mean: base_value  # None, or a pointer to what V is short of: (sequence, KV head, channel)
     num_heads: gl.tensor
     num_kv_heads: gl.tensor
     q_blocks: gl.tensor  # factors per head
@@ -69,8 +77,8 @@ class Descaled:
 
     @gluon.jit
     def create(scale, num_heads, num_kv_heads, descales, q_blocks, k_blocks, block_step):
-        return Descaled(scale, descales[0], descales[1], descales[2], descales[3], num_heads, num_kv_heads,
-                        q_blocks, k_blocks, block_step)  # fmt: skip
+        return Descaled(scale, descales[0], descales[1], descales[2], descales[3], descales[4], num_heads,
+                        num_kv_heads, q_blocks, k_blocks, block_step)  # fmt: skip
 
     @gluon.jit
     def of(self, sequence, head, kv_head, m_start):
@@ -81,8 +89,11 @@ class Descaled:
         of_q += (sequence.first_block("q") * 2 + m_block) * self.block_step
         of_k = (batch * self.num_kv_heads + kv_head) * self.k_blocks
         of_k += sequence.first_block("k") * self.block_step
-        return Descaled(self.scale * gl.load(self.q + of_q), self.q, self.k + of_k, self.v + of_k,
-                        self.lse_shift, self.num_heads, self.num_kv_heads, self.q_blocks, self.k_blocks,
+        # without keys there is no factor, and masked scores must not be NaN: that of q will do
+        k = sequence.if_it_has_keys(self.k + of_k, self.q + of_q)
+        v = sequence.if_it_has_keys(self.v + of_k, self.q + of_q)
+        return Descaled(self.scale * gl.load(self.q + of_q), self.q, k, v, self.lse_shift, self.v_mean,
+                        self.num_heads, self.num_kv_heads, self.q_blocks, self.k_blocks,
                         self.block_step)  # fmt: skip
 
     @gluon.jit
@@ -103,6 +114,18 @@ class Descaled:
             return lse
         else:
             return lse + gl.load(self.lse_shift + place, mask=there, other=0.0) * (self.scale * LN2)
+
+    @gluon.jit
+    def restored(self, o, sees, sequence, kv_head, first: gl.constexpr, columns):
+        if self.v_mean is None:
+            return o
+        else:
+            layout: gl.constexpr = o.type.layout
+            column = first + gl.arange(0, o.shape[1], gl.SliceLayout(0, layout))
+            start = (sequence.batch.to(gl.int64) * self.num_kv_heads + kv_head) * columns
+            mean = gl.load(self.v_mean + start + column, mask=column < columns, other=0.0)
+            # an fma by name: kernels hold this twice, and both copies shall round alike
+            return gl.fma(gl.broadcast(mean[None, :], o)[0], gl.broadcast(sees, o)[0], o)
 
 
 @gluon.jit

@@ -78,6 +78,11 @@ class DenseSequence:
         return self.batch
 
     @gluon.jit
+    def if_it_has_keys(self, x, other):
+        """x, or `other` for a sequence without keys; dense ones have some, or there is no launch."""
+        return x
+
+    @gluon.jit
     def transposed_keys(self):
         return TransposedKeys(self.batch, self.batch * 0)
 
@@ -129,8 +134,14 @@ class PackedSequence:
         return self.batch * (1 - block_step)
 
     @gluon.jit
+    def if_it_has_keys(self, x, other):
+        return gl.where(self.seqlen_k > 0, x, other)
+
+    @gluon.jit
     def transposed_keys(self):
-        return TransposedKeys(self.batch * 0, self.first_block("k") * PADDING)
+        # without keys there is no block of its own: past the end of all TMA finds zeros
+        element = gl.where(self.seqlen_k > 0, 0, 1)
+        return TransposedKeys(element, self.first_block("k") * PADDING)
 
 
 @policy(packed=False)

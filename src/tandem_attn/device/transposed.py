@@ -36,6 +36,14 @@ def pack_four(x):
 
 
 @gluon.jit
+def as_new(x):
+    """x of 16 bits, of which the compiler does not know that it is the same: else it would keep what it made
+    of it in fp32, in twice the registers."""
+    asm: gl.constexpr = "mov.b32 $0, $1;"
+    return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
 def _bytes_of(x, y, which: gl.constexpr):
     """Four of the eight bytes of x and y; `which`: PTX that takes them."""
     return gl.inline_asm_elementwise(which, "=r,r,r", [x, y], dtype=gl.int32, is_pure=True, pack=1)

@@ -176,7 +176,7 @@ class ForwardConfig(ChunkedConfig):
         if self.block_sums and not self.serial:
             raise ValueError(f"block_sums: only in the serial schedule: {self}")
         if self.serial and self.promote:
-            raise ValueError(f"promote={self.promote}: serial adds up every block by itself: {self}")
+            raise ValueError(f"promote={self.promote}: not in the serial schedule: {self}")
         if self.serial and (self.rescale_first or self.skip or self.in_step or self.opens_in_loop):
             raise ValueError(f"serial: another loop than these flags are about: {self}")
         if self.sum_by_wgmma and not (self.serial and self.fp8):

@@ -10,24 +10,28 @@ from functools import cached_property
 
 import torch
 
-from tandem_attn.device.decode_groups import GroupRows
+from tandem_attn.device.cache_numbers import E4m3Numbers, SameNumbers
+from tandem_attn.device.decode_groups import FACTOR_TILES, GroupRows
 from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.gluon import gl
 from tandem_attn.device.kv_tiles import GatheredTiles, LoadedTiles
 from tandem_attn.device.splits import CountedSplits, SharedSplits, SizedSplits
 from tandem_attn.kernels.config import SHARED_MEMORY, TILE_WIDTHS, KernelConfig, accumulator, tile_width
+from tandem_attn.kernels.decode_tiles import (
+    PIECE_ROWS,
+    blocks_of_rows,
+    pieces_of_a_tile,
+    tile_choice,
+    tile_rows,
+)
 from tandem_attn.spec_decode import DecodeSpec
 
 MAX_ITEMS_AT_ONCE = 1024
 MERGE_BYTES = 64 * 1024  # partials of an item that its last program merges; more are left to a second kernel
 MERGE_BYTES_OF_ROWS = 256 * 1024  # the same for many rows, which the second kernel would take one by one
 MAX_KNOWN_TOKENS = 16  # queries of a sequence up to which kernels are compiled for their number
-MAX_PIECES = (
-    4  # more, and starting their loads takes longer than gathering (8: 0.61 of contiguous; H200, 2026-11-25)
-)
 SHARED_MEMORY_OF_ALL = 228 * 1024  # of a multiprocessor, bytes
 BLOCK_RESERVED = 1024  # of it, in every block
-PIECE_ROWS = 8  # at least: the unit in which shared memory is swizzled
 
 
 def power_of_two(n: int) -> int:
@@ -39,7 +43,7 @@ def power_of_two(n: int) -> int:
 class DecodeConfig(KernelConfig):
     """Compile-time facts of the decode and combine kernels. Validated here and nowhere else."""
 
-    element: str  # "bf16" or "fp16"
+    element: str  # "bf16" or "fp16": what is multiplied
     head_dim: int  # columns of a tile of K: one of TILE_WIDTHS
     head_dim_v: int
     RowKind: type
@@ -72,19 +76,26 @@ class DecodeConfig(KernelConfig):
     parts_at_once: int = 16  # partials that a look of the merge takes in
     same_strides: bool = False  # of K and V
     one_look: bool = True  # at all items
+    Numbers: type = SameNumbers  # of the cache
+    descale_block: int = 0  # keys that share a factor; 0: all of a sequence
+    has_q_descale: bool = False
     residents: int = 1  # programs of a multiprocessor: two hide each other's waits where one cannot
 
     def __post_init__(self) -> None:
         if self.head_dim not in TILE_WIDTHS or self.head_dim_v not in TILE_WIDTHS:
             raise ValueError(f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {TILE_WIDTHS}")
-        if self.RowKind is WarpKeys and (self.tile_m != 16 or self.tile_n % (16 * self.num_warps)):
-            raise ValueError(f"WarpKeys: 16 rows, and 16 keys for each warp: {self}")
+        if self.RowKind is WarpKeys and (self.tile_m not in (16, 32) or self.tile_n % (16 * self.num_warps)):
+            raise ValueError(f"WarpKeys: 16 or 32 rows, and 16 keys for each warp: {self}")
         if self.RowKind is WarpRows and self.tile_m != 16 * self.num_warps:
             raise ValueError(f"WarpRows: 16 rows for each warp: {self}")
         if self.RowKind is GroupRows and (self.tile_m not in (64, 128) or self.num_warps != 4):
             raise ValueError(f"GroupRows: 64 or 128 rows, and 4 warps for each 64: {self}")
-        if self.RowKind is GroupRows and self.Tiles is not LoadedTiles:
+        if self.RowKind is GroupRows and not self.scaled and self.Tiles is not LoadedTiles:
             raise ValueError("GroupRows: its producer loads by TMA")
+        if self.RowKind is WarpRows and self.scaled:
+            raise ValueError("WarpRows: wgmma wants a cache that is unpacked, see GroupRows")
+        if self.scaled and self.element != "fp16":
+            raise ValueError(f"e4m3 becomes fp16, not {self.element}")
         if self.tile_n % self.pieces or self.piece_rows % PIECE_ROWS:
             raise ValueError(f"{self.pieces} pieces of {self.piece_rows} keys: whole eighths only")
         if self.pieces > 1 and self.Tiles is not LoadedTiles:
@@ -120,6 +131,44 @@ class DecodeConfig(KernelConfig):
         return self.dims[1]
 
     @property
+    def parts(self) -> int:
+        """Operands that a chunk of a tile makes."""
+        return self.Numbers.parts.value
+
+    @property
+    def scaled(self) -> bool:
+        """Whether keys have factors."""
+        return self.Numbers is E4m3Numbers
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether tiles become 16-bit ones in shared memory, where wgmma wants them."""
+        return self.scaled and self.RowKind is GroupRows
+
+    @property
+    def ring_stages(self) -> int:
+        """Of what wgmma reads: all stages, or those that they are unpacked into."""
+        return 2 if self.unpacks else self.num_stages
+
+    @property
+    def producer_warps(self) -> int:
+        return 4 if self.unpacks else 1
+
+    @property
+    def producer_registers(self) -> int:
+        return 72 if self.unpacks else 40
+
+    @property
+    def consumer_registers(self) -> int:
+        """Of two consumers: a multiprocessor has registers for 504 of three warpgroups."""
+        return 216 if self.unpacks else 232
+
+    @property
+    def cache_dtype(self):
+        """Of the cache as tiles see it."""
+        return gl.int16 if self.scaled else self.dtype
+
+    @property
     def rows(self) -> int:
         """Rows of an item that partial results are kept for."""
         return min(self.tile_m, self.tokens * self.group_size) if self.tokens else self.tile_m
@@ -140,7 +189,7 @@ class DecodeConfig(KernelConfig):
     @property
     def q_in_registers(self) -> bool:
         """64 registers of Q beside 128 of O would spill."""
-        return self.head_dim + self.head_dim_v < 512
+        return self.head_dim + self.head_dim_v < (512 if self.tile_m != 32 else 256)
 
     @property
     def asks_early(self) -> bool:
@@ -150,38 +199,66 @@ class DecodeConfig(KernelConfig):
     @property
     def by_panels(self) -> bool:
         """wgmma reads a tile as panels of 64 columns: pieces must then come panel by panel."""
-        return self.pieces > 1 and self.RowKind is not WarpKeys
+        return self.pieces > 1 and self.RowKind is not WarpKeys and not self.scaled
 
     @property
     def k_width(self) -> int:
-        """Columns of a chunk."""
-        return 64 if self.by_panels else self.head_dim
+        """Columns of a chunk, of cache_dtype."""
+        return 64 if self.by_panels else self.head_dim // self.parts
 
     @property
     def v_width(self) -> int:
-        return 64 if self.by_panels else self.head_dim_v
+        return 64 if self.by_panels else self.head_dim_v // self.parts
 
     @property
     def k_chunks(self) -> int:
-        return self.head_dim // self.k_width
+        return self.head_dim // (self.k_width * self.parts)
 
     @property
     def v_chunks(self) -> int:
-        return self.head_dim_v // self.v_width
+        return self.head_dim_v // (self.v_width * self.parts)
+
+    @property
+    def q_chunks(self) -> int:
+        """Operands of Q, of k_width columns each."""
+        return self.k_chunks * self.parts
+
+    @property
+    def o_chunks(self) -> int:
+        """Accumulators, of v_width columns each."""
+        return self.v_chunks * self.parts
+
+    @property
+    def out_chunks(self) -> int:
+        """Of finished output: what a cache in words splits is joined."""
+        return self.v_chunks
+
+    @property
+    def out_width(self) -> int:
+        return self.v_width * self.parts
+
+    @property
+    def keys_layout(self):
+        """Threads that copy factors."""
+        return gl.BlockedLayout([1], [32], [self.num_warps], [0])
 
     def tile_layout(self, width: int):
-        """Shared memory of a chunk of a tile that is made of pieces, each of them panels of 64 columns."""
+        """Shared memory of a chunk of a tile that is made of pieces, each of them panels of 64 columns (of 32
+        where there are no more)."""
         if self.by_panels:
             return self.shared_layout(self.tile_n, width)
         rows = [1 << i for i in range(self.tile_n.bit_length() - 1)]
         inside = [n for n in rows if n < self.piece_rows]
-        swizzle = {1: 8, 2: 16, 4: 32}
-        bases = [[0, 1 << i] for i in range(6)] + [[n, swizzle.get(n, 0)] for n in inside]
-        bases += [[0, 64 << i] for i in range((width // 64).bit_length() - 1)]
+        panel = min(64, width)
+        swizzle = {1: 8, 2: 16, 4: 32} if panel == 64 else {2: 8, 4: 16}
+        bases = [[0, 1 << i] for i in range(panel.bit_length() - 1)] + [
+            [n, swizzle.get(n, 0)] for n in inside
+        ]
+        bases += [[0, panel << i] for i in range((width // panel).bit_length() - 1)]
         return gl.SharedLinearLayout(bases + [[n, 0] for n in rows if n >= self.piece_rows], [], 1024)
 
     def piece_layout(self, width: int):
-        return self.shared_layout(self.piece_rows, width)
+        return self.shared_layout(self.piece_rows, width, self.cache_dtype)
 
     @property
     def q_layout(self):
@@ -234,7 +311,7 @@ class DecodeConfig(KernelConfig):
     @property
     def kept_rows(self) -> int:
         """Rows of an output that go through shared memory when warps are merged."""
-        return 8 if self.rows_stored <= 8 else 16
+        return 8 if self.rows_stored <= 8 else self.tile_m
 
     @property
     def merges_warps(self) -> bool:
@@ -244,11 +321,11 @@ class DecodeConfig(KernelConfig):
     def scratch_fits(self) -> int:
         """How often the outputs of all warps fit into a stage of V, which is free when they are merged; 0:
         they need memory of their own."""
-        return self.tile_n * 2 // (4 * self.num_warps * self.kept_rows)
+        return self.tile_n * (2 // self.parts) // (4 * self.num_warps * self.kept_rows)
 
     @property
     def scratch_shape(self) -> list[int]:
-        return [self.num_warps, self.kept_rows, self.v_width]
+        return [self.num_warps, self.kept_rows, self.out_width]
 
     @property
     def scratch_in_stages(self) -> list[int]:
@@ -277,12 +354,18 @@ class DecodeConfig(KernelConfig):
 
     @property
     def stage_bytes(self) -> int:
-        return 2 * self.tile_n * (self.head_dim + self.head_dim_v)
+        return 2 * self.tile_n * (self.head_dim + self.head_dim_v) // self.parts
 
     @property
     def fixed_bytes(self) -> int:
-        """Of Q and scratch."""
-        return 2 * self.tile_m * self.head_dim + self.scratch_bytes
+        """Of Q, scratch, factors and unpacked tiles."""
+        size = 2 * self.tile_m * self.head_dim + self.scratch_bytes
+        if self.scaled:
+            size += 4 * (self.tile_m + 2 * self.num_stages * self.tile_n)
+        if self.unpacks:
+            size += 2 * self.ring_stages * self.tile_n * (self.head_dim + self.head_dim_v)
+            size += 4 * 2 * FACTOR_TILES.value * self.tile_n
+        return size
 
     @property
     def stages_held(self) -> int:
@@ -301,22 +384,12 @@ class DecodeConfig(KernelConfig):
         flags = [name for name in fields if getattr(self, name)]
         policies = (c.__name__ for c in (self.RowKind, self.Tiles, self.Splits))
         pieces = f" in {self.pieces} pages" if self.pieces > 1 else ""
+        cache = " over e4m3" if self.scaled else ""
         return (
-            f"{self.element} head_dim {self.head_dim}/{self.head_dim_v}, {self.tile_m} rows x "
+            f"{self.element}{cache} head_dim {self.head_dim}/{self.head_dim_v}, {self.tile_m} rows x "
             f"{self.tile_n} keys{pieces}, {self.num_stages} stages, {self.num_warps} warps, "
             f"{', '.join(policies)}, {', '.join(flags) or 'no flags'}, {self.shared_memory // 1024} KB shared"
         )
-
-
-def tile_rows(spec: DecodeSpec) -> int:
-    """Packed rows of an item: the fewest that a tensor core instruction takes and that hold a sequence's."""
-    rows = spec.seqlen_q * spec.group_size
-    return 16 if rows <= 16 else 64 if rows <= 64 else 128
-
-
-def blocks_of_rows(spec: DecodeSpec) -> int:
-    """Items of a sequence."""
-    return -(-spec.seqlen_q * spec.group_size // tile_rows(spec))
 
 
 def programs_per_head(num_kv_heads: int, room: int) -> int:
@@ -324,37 +397,33 @@ def programs_per_head(num_kv_heads: int, room: int) -> int:
     return max(1, room // num_kv_heads)
 
 
-def pieces_of_a_tile(page_size: int, tile_n: int) -> int | None:
-    """Pages that make up a tile (1: a page holds whole tiles, or there are no pages), or None: gather."""
-    if page_size % tile_n == 0:
-        return 1
-    if page_size >= PIECE_ROWS and tile_n % page_size == 0 and tile_n // page_size <= MAX_PIECES:
-        return tile_n // page_size
-    return None
-
-
 def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
     """The compile-time configuration for a question that the gluon backend accepts."""
     head_dim, head_dim_v = tile_width(spec.head_dim), tile_width(spec.head_dim_v)
     tile_m = tile_rows(spec)
     widest = max(head_dim, head_dim_v)
-    if tile_m == 16:
-        kind, num_warps = WarpKeys, 4 if widest < 256 else 2
-        tile_n = {64: 128, 128: 64, 256: 32}[widest]
-    else:
-        kind, num_warps = WarpRows, tile_m // 16
-        tile_n = {64: 128, 128: 64, 256: 64}[widest]
-    stage = 2 * tile_n * (head_dim + head_dim_v)
+    element = "bf16" if spec.dtype == torch.bfloat16 else "fp16"
+    numbers = {}
+    if spec.fp8:
+        element = "fp16"
+        numbers = dict(
+            Numbers=E4m3Numbers,
+            descale_block=spec.descale_block,
+            has_q_descale=bool(spec.q_descale_stride),
+        )
+    kind, num_warps, tile_n, stage_room, residents = tile_choice(spec, tile_m, widest)
+    stage = 2 * tile_n * (head_dim + head_dim_v) // (2 if spec.fp8 else 1)
     pieces = pieces_of_a_tile(spec.page_size, tile_n)
-    num_stages = max(2, 96 * 1024 // stage)
-    residents = 2 if pieces is None and num_warps <= 4 else 1  # 8 warps take more than half of the registers
-    if pieces and (tile_m == 128 or (tile_m == 64 and widest == 64)):
+    num_stages = max(2, stage_room * 1024 // stage)
+    if pieces is None and num_warps <= 4 and kind is not GroupRows:  # more warps have no registers for two
+        residents = 2
+    if pieces and not spec.fp8 and (tile_m == 128 or (tile_m == 64 and widest == 64)):
         kind, num_warps = GroupRows, 4
     rows = min(tile_m, spec.seqlen_q * spec.group_size)
     items = spec.batch * blocks_of_rows(spec)
     absolute = spec.split_size is not None
     config = DecodeConfig(
-        element="bf16" if spec.dtype == torch.bfloat16 else "fp16",
+        element=element,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         RowKind=kind,
@@ -384,11 +453,12 @@ def decode_config(spec: DecodeSpec, multiprocessors: int) -> DecodeConfig:
         has_batch_idx=spec.has_batch_idx,
         same_strides=head_dim == head_dim_v and spec.k_stride == spec.v_stride,
         residents=residents,
+        **numbers,
     )
     if kind is WarpKeys:
         # a thread merges 4 columns of a row: no fewer rows than give every thread some, nor than are swizzled
-        spread = num_warps * 32 // min(32, config.v_width // 4)
-        config = dataclasses.replace(config, rows_stored=min(16, max(4, spread, power_of_two(rows))))
+        spread = num_warps * 32 // min(32, config.out_width // 4)
+        config = dataclasses.replace(config, rows_stored=min(tile_m, max(4, spread, power_of_two(rows))))
     if 2 * (config.shared_memory + BLOCK_RESERVED + 200) > SHARED_MEMORY_OF_ALL:
         config = dataclasses.replace(config, residents=1)
     per_head = programs_per_head(spec.num_kv_heads, config.residents * multiprocessors)

@@ -22,35 +22,36 @@ _TWO = dict(q_in_registers=True, lazy_rescale=True)
 _SERIAL = dict(serial=True, sum_by_wgmma=True, block_sums=True)
 _THREE = dict(_SERIAL, num_consumers=3)
 
-# As _TUNED in config.py. Figures: TFLOPS on an H200, 2026-11-29, full / causal unless said
-# (notes/2026-11-29-fp8.md).
+# As _TUNED in config.py. Figures: TFLOPS on an H200, 2026-11-30 (notes/2026-11-30-fp8.md).
 _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
     (64, 64): [
         ("window", dict(_SERIAL, q_in_registers=True)),  # 192 rows hold too little of a window
-        # 512 tokens: 263, 1k: 351; three: 242, 325
+        # 512 tokens: 259, 1k: 353; three: 1k 313
         ("causal short", _TWO),
-        # 2k: 458, 16k: 605; two at 8k: 513; without named_release 1% less
+        # 2k: 445, 8k: 577, 16k: 604; two at 2k: 431
         ("causal", dict(_THREE, q_in_registers=True, pingpong=False, named_release=True)),
-        # 512: 415, 4k: 575, 16k: 627; two: 408, 469, 472; without block_sums 5% more from 4k on
+        # 512: 417, 1k: 470, 4k: 575, 16k: 622; two: 1k 482, 2k 517; without block_sums, lazily rescaled: 16k
+        # 659
         ("", dict(_THREE, q_in_registers=True, pingpong=False)),
     ],
     (96, 96): [("", dict(_THREE, o_parts=3, pingpong=False))],
     (128, 128): [
         ("window", dict(_SERIAL, q_in_registers=True)),
-        # 512: 402, 1k: 586; three: 310, 456
-        ("causal short", _TWO),
-        # 2k: 666, 8k: 939, 16k: 942; two: 735, 917, 931; without block_sums 3 to 6% more
-        ("causal", dict(_THREE, pingpong=False)),
-        # 512: 615, 1k: 736, 4k: 915, 8k: 956, 16k: 961; two: 671, 774, 868, 919, 891. Ping-pong, two Q gain
-        # 3% at 512, lose 1% from 4k on, and spill where lengths are not whole blocks
+        # 512: 633 / 405, 1k: 765 / 584; these: 683 / 406, 809 / 579
+        ("short", _TWO),
+        # 2k: 696, 4k: 827, 8k: 950, 16k: 1013; without block_sums 8k 866, lazily rescaled too 879
+        ("causal long", dict(_THREE, pingpong=False)),
+        ("causal", _TWO),  # 2k: 727
+        # 2k: 919, 4k: 971, 8k: 995, 16k: 1010; two: 2k 885; without block_sums 16k 949, lazily rescaled too
+        # 965
         ("", dict(_THREE, pingpong=False)),
     ],
     (192, 128): [("", _SERIAL)],  # three consumers spill in masked loops
     (192, 192): [("", dict(_SERIAL, o_parts=3))],
     (256, 256): [
-        # 512: 489, 1k: 713; beside each other: 403, 644
-        ("causal short", dict(serial=True, sum_by_wgmma=True, q_stages=2, o_parts=2)),
-        # 4k: 1243 / 1063, 8k: 1259 / 1183, 16k: 1229 / 1246; one after the other: 8k 1104 / 1129. O has half
+        # 512: 841 / 463, 1k: 1025 / 704; beside each other: 800 and 1024 full, 422 causal 512
+        ("short", dict(serial=True, sum_by_wgmma=True, q_stages=2, o_parts=2)),
+        # 4k: 1268 / 1108, 8k: 1310 / 1214, 16k: 1323 / 1272; one after the other: 8k 1188 / 1088. O has half
         # of the registers: no room for P V beside it
         ("", dict(o_parts=2, o_buffers=2)),
     ],

@@ -5,6 +5,13 @@ import dataclasses
 from tandem_attn.device.gluon import gl
 from tandem_attn.kernels.config import KernelConfig
 
+SUM_WARPS = 4  # of a program that adds up rows
+
+
+def power_of_two(dim: int) -> int:
+    """That holds so many columns, and 32 at least."""
+    return max(32, 1 << (dim - 1).bit_length())
+
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig(KernelConfig):
@@ -30,44 +37,15 @@ class TileConfig(KernelConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeConfig(TileConfig):
-    """Compile-time facts of the kernels that quantize."""
+class RowsConfig(TileConfig):
+    """How rows of q and k go through rotation and rotary embedding: pieces of 32 columns."""
 
     head_dim: int
-    has_seqused_q: bool
     rotate: bool
     smooth_k: bool
-    granularity: str
+    smooth_v: bool
     rotary_dim: int
     interleaved: bool
-    measures: bool = False  # only the maxima of heads or tensors
-    sums: bool = False  # only the sums over keys
-    early: bool = False  # starts before the launch that it follows is over
-
-    @property
-    def num_warps(self) -> int:
-        return 4 if self.sums or self.widest <= 64 else 8
-
-    @property
-    def widest(self) -> int:
-        return max(self.head_dim, self.head_dim_v)
-
-    @property
-    def rows(self) -> int:
-        """Of q or k at a time: a thread has 64 numbers of them, and 96 or 128 of a whole tile were too many
-        for more than one or two programs to be resident."""
-        return 128 if self.head_dim <= 128 else 64
-
-    @property
-    def maxnreg(self) -> int | None:
-        """Registers of a thread, where the compiler would take more and fewer programs be resident."""
-        if self.sums:
-            return None if self.rotary_dim else 72  # 7 programs of 4 warps
-        if self.num_warps == 4:
-            return 96  # 5 programs
-        if self.rotary_dim and self.head_dim > 128:
-            return 128  # 2 programs of 8 warps
-        return 80  # 3
 
     @property
     def pieces(self) -> int:
@@ -76,7 +54,7 @@ class QuantizeConfig(TileConfig):
     @property
     def columns(self) -> int:
         """A power of two, a piece at least."""
-        return max(32, 1 << (self.head_dim - 1).bit_length())
+        return power_of_two(self.head_dim)
 
     @property
     def group(self) -> int:
@@ -96,26 +74,38 @@ class QuantizeConfig(TileConfig):
     def mma(self):
         return gl.NVMMADistributedLayout([2, 0], [self.num_warps, 1], [16, 8])
 
-    @property
-    def sum_width(self) -> int:
-        """Columns of a piece for sums over keys: whole rows, so that a thread has 8 sums to keep. Where they
-        are turned first, pieces as elsewhere."""
-        return 32 if self.rotary_dim else self.columns
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig(RowsConfig):
+    """Compile-time facts of `quantize_tiles`."""
+
+    has_seqused_q: bool
+    granularity: str
+    measures: bool = False  # only the maxima of heads or tensors
+    early: bool = False  # starts before the launch that it follows is over
 
     @property
-    def sum_layout(self):
-        lanes = self.sum_width // 8
-        return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [self.num_warps, 1], [1, 0])
+    def num_warps(self) -> int:
+        return 4 if self.widest <= 64 else 8
 
     @property
-    def sum_together(self) -> int:
-        """Rows that threads have one number of each."""
-        return self.num_warps * 32 // (self.sum_width // 8)
+    def widest(self) -> int:
+        return max(self.head_dim, self.head_dim_v)
 
     @property
-    def sum_rows(self) -> int:
-        """Of K at a time: 8 loads of 16 bytes a thread, of pieces as many as there are pieces."""
-        return self.sum_together * (1 if self.rotary_dim else 8)
+    def rows(self) -> int:
+        """Of q or k at a time: a thread has 64 numbers of them, and 96 or 128 of a whole tile were too many
+        for more than one or two programs to be resident."""
+        return 128 if self.head_dim <= 128 else 64
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers of a thread, where the compiler would take more and fewer programs be resident."""
+        if self.num_warps == 4:
+            return 96  # 5 programs
+        if self.rotary_dim and self.head_dim > 128:
+            return 128  # 2 programs of 8 warps
+        return 80  # 3
 
     @property
     def v_width(self) -> int:
@@ -133,6 +123,56 @@ class QuantizeConfig(TileConfig):
     @property
     def v_layout(self):
         return self.keys_layout(8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summing:
+    """How rows lie in registers that are added up in pieces of `width` columns, `at_once` a thread."""
+
+    dim: int
+    width: int
+    at_once: int
+
+    @property
+    def layout(self):
+        lanes = self.width // 8
+        return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [SUM_WARPS, 1], [1, 0])
+
+    @property
+    def together(self) -> int:
+        """Rows that threads have one number of each."""
+        return SUM_WARPS * 32 // (self.width // 8)
+
+    @property
+    def rows(self) -> int:
+        """Of a step."""
+        return self.together * self.at_once
+
+
+@dataclasses.dataclass(frozen=True)
+class MeansConfig(RowsConfig):
+    """Compile-time facts of `sum_rows` and `finish_means`."""
+
+    num_warps: int = SUM_WARPS
+
+    @property
+    def sum_k(self) -> Summing:
+        """Pieces as elsewhere where K is turned first, else as of V."""
+        return Summing(self.head_dim, 32, 1) if self.rotary_dim else _whole_rows(self.head_dim)
+
+    @property
+    def sum_v(self) -> Summing:
+        return _whole_rows(self.head_dim_v)
+
+    @property
+    def maxnreg(self) -> int | None:
+        """As of QuantizeConfig."""
+        return None if self.rotary_dim else 72  # 7 programs
+
+
+def _whole_rows(dim: int) -> Summing:
+    """A thread has 8 sums to keep, and 8 loads of 16 bytes under way."""
+    return Summing(dim, power_of_two(dim), 8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ It is launched while the kernel before still runs (programmatic dependent launch
 its barriers are ready. Why each of these is so, and what it measured: docs/kernels/decode.md.
 """
 
+from tandem_attn.device.cache_numbers import E4m3Numbers, SameNumbers, normalised_q
 from tandem_attn.device.decode_rows import Rows
 from tandem_attn.device.gluon import (
     gdc_launch_dependents,
@@ -29,7 +30,7 @@ from tandem_attn.device.work import Cursor, Work, first_segment, next_segment, p
 @gluon.jit
 def load_q(q_ptr, work, kv_head, item, strides, group: gl.constexpr, config: gl.constexpr):
     """The packed rows of a group of an item, by chunks of columns; zeros in what does not exist."""
-    width: gl.constexpr = config.k_width
+    width: gl.constexpr = config.k_width * config.parts
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [config.num_warps, 1], [1, 0])
     batch, row = work.place(item)
     start, tokens = work.tokens(batch, True)
@@ -69,6 +70,45 @@ def keep_q(asked, q_ptr, q_smem, work, kv_head, item, strides, group: gl.constex
         q = load_q(q_ptr, work, kv_head, item, strides, group, config)
     for c in gl.static_range(config.k_chunks):
         q_smem.index(group * config.k_chunks + c).store(q[c])
+
+
+@gluon.jit
+def keep_scaled_q(
+    asked, q_ptr, q_smem, units, work, kv_head, item, q_descale, strides, group: gl.constexpr,
+    config: gl.constexpr,
+):  # fmt: skip
+    """keep_q() for a cache in e4m3: even and odd columns in float16, and the factors of the rows."""
+    q = asked
+    if not config.asks_early:
+        q = load_q(q_ptr, work, kv_head, item, strides, group, config)
+    x, unit = normalised_q(q[0].to(gl.float32))
+    if config.has_q_descale:
+        batch, _ = work.place(item)
+        of_q = batch.to(gl.int64) * strides[9] + kv_head.to(gl.int64) * strides[10]
+        unit *= gl.load(q_descale + of_q)
+    even, odd = gl.split(x.reshape([config.group_rows, config.k_width, 2]))
+    q_smem.index(group * 2).store(even.to(config.dtype.value))
+    q_smem.index(group * 2 + 1).store(odd.to(config.dtype.value))
+    units.index(group).store(unit)
+
+
+@gluon.jit
+def make_row_units(config: gl.constexpr):
+    """Where factors of query rows are kept, for each group."""
+    if not config.scaled:
+        return ()
+    else:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        return gl.allocate_shared_memory(gl.float32, [config.num_groups, config.group_rows], plain)
+
+
+@gluon.jit
+def q_descale_of(pointers, nowhere, config: gl.constexpr):
+    """Pointer to the factors of e4m3 queries, or one that nobody follows."""
+    if config.has_q_descale:
+        return pointers[6]
+    else:
+        return nowhere
 
 
 @gluon.jit
@@ -124,15 +164,30 @@ def make_work(pointers, nowhere, seqlen, numbers, m_blocks_magic, config: gl.con
 
 
 @gluon.jit
-def _make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl.constexpr):
+def _make_numbers(pointers, strides, head, config: gl.constexpr):
+    """What the elements of the cache are."""
+    if not config.scaled:
+        return SameNumbers(config)
+    else:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        factors = gl.allocate_shared_memory(gl.float32, [2 * config.num_stages, config.tile_n], plain)
+        k = pointers[7] + head.to(gl.int64) * strides[13]
+        v = pointers[8] + head.to(gl.int64) * strides[16]
+        of_k, of_v = (strides[11], strides[12]), (strides[14], strides[15])
+        return E4m3Numbers(k, v, of_k, of_v, factors, config)
+
+
+@gluon.jit
+def make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl.constexpr):
     """The cache, and the stages that its tiles pass through."""
+    numbers = _make_numbers(pointers, strides, head, config)
     k_smem = gl.allocate_shared_memory(
-        config.dtype.value,
+        config.cache_dtype.value,
         [config.stages_held * config.k_chunks * config.pieces, config.piece_rows, config.k_width],
         config.piece_layout(config.k_width),
     )  # fmt: skip
     v_smem = gl.allocate_shared_memory(
-        config.dtype.value,
+        config.cache_dtype.value,
         [config.stages_held * config.v_chunks * config.pieces, config.piece_rows, config.v_width],
         config.piece_layout(config.v_width),
     )  # fmt: skip
@@ -140,12 +195,15 @@ def _make_tiles(k, v, pointers, nowhere, table_stride, strides, head, config: gl
     stride = gl.to_tensor(table_stride)
     if config.Tiles.clears:
         k_strides, v_strides = (strides[3], strides[4], strides[5]), (strides[6], strides[7], strides[8])
+        if config.scaled:
+            words: gl.constexpr = gl.pointer_type(config.cache_dtype.value)
+            k, v = k.to(words, bitcast=True), v.to(words, bitcast=True)
         return config.Tiles(
-            k, v, k_smem, v_smem, page_table, stride, batch_idx, head, k_strides, v_strides, config
+            k, v, k_smem, v_smem, page_table, stride, batch_idx, head, k_strides, v_strides, numbers, config
         )
     else:
         full = gl.allocate_shared_memory(gl.int64, [config.num_stages, 1], mbarrier.MBarrierLayout())
-        return config.Tiles(k, v, k_smem, v_smem, full, page_table, stride, batch_idx, head, config)
+        return config.Tiles(k, v, k_smem, v_smem, full, page_table, stride, batch_idx, head, numbers, config)
 
 
 @gluon.jit
@@ -194,8 +252,10 @@ def decode_attention(
     kv_head = program - place * c.num_kv_heads
     work = make_work(pointers, counters, seqlen, numbers, m_blocks_magic, c)
     results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
-    tiles = _make_tiles(k, v, pointers, counters, table_stride, strides, kv_head, c)
-    q_smem = gl.allocate_shared_memory(c.dtype.value, [c.k_chunks, c.tile_m, c.k_width], c.q_layout)
+    tiles = make_tiles(k, v, pointers, counters, table_stride, strides, kv_head, c)
+    q_smem = gl.allocate_shared_memory(c.dtype.value, [c.q_chunks, c.tile_m, c.k_width], c.q_layout)
+    row_units = make_row_units(c)
+    q_descale = q_descale_of(pointers, counters, c)
     scratch = _make_scratch(c)
     rows_kind = c.RowKind(c)
     tiles.start()
@@ -215,15 +275,19 @@ def decode_attention(
     places = tiles.locate(ahead, valid)
     for stage in range(c.num_stages - 1):
         tiles.copy(stage, ahead, places, valid)
-        ahead, valid = _advance(work, ahead, valid)
+        ahead, valid = advance(work, ahead, valid)
         places = tiles.locate(ahead, valid)
     if work.some_empty(seen):
         empty_items(work, results, place, c.per_head, c)
     it = unit * 0
     going = count > 0
     while going:
-        keep_q(asked, q_ptr, q_smem, work, kv_head, at.item, strides, 0, c)
+        if c.scaled:
+            keep_scaled_q(asked, q_ptr, q_smem, row_units, work, kv_head, at.item, q_descale, strides, 0, c)
+        else:
+            keep_q(asked, q_ptr, q_smem, work, kv_head, at.item, strides, 0, c)
         q = rows_kind.operand(q_smem)
+        scale_log2, inner_scale = rows_kind.scales(row_units, scales)
         state = rows_kind.empty()
         rows = rows_of(work, at, 0, c)
         # divisions here, while the first loads are under way
@@ -235,10 +299,10 @@ def decode_attention(
             thread_barrier()  # all warps are done with the stage before: refill it
             stage = (it + (c.num_stages - 1)) % c.num_stages
             tiles.copy(stage, ahead, places, valid)
-            ahead, valid = _advance(work, ahead, valid)
+            ahead, valid = advance(work, ahead, valid)
             places = tiles.locate(ahead, valid)
             n0 = tile * c.tile_n
-            state = rows_kind.attend(q, tiles, it % c.num_stages, state, rows, n0, scales[0], scales[1])
+            state = rows_kind.attend(q, tiles, it % c.num_stages, state, rows, n0, scale_log2, inner_scale)
             it += 1
         if at.left == 0:
             gdc_launch_dependents()  # earlier, and the second kernel's programs would be in the way
@@ -251,7 +315,7 @@ def decode_attention(
 
 
 @gluon.jit
-def _advance(work, at, valid):
+def advance(work, at, valid):
     """The cursor one tile further, and whether there is one."""
     tile = at.tile + gl.where(valid, 1, 0)
     more = valid & ((tile < at.stop) | (at.left > 0))

@@ -1,13 +1,24 @@
-"""Flash-Decoding with 64 or 128 packed query rows for sm_90a: one producer warp, a consumer for 64 rows.
+"""Flash-Decoding with 64 or 128 packed query rows for sm_90a: a producer, and a consumer for 64 rows.
 
 The same work list, shares and results as `decode_attention`; what differs is who loads. A program has
 
     producer   per tile of its share: wait for an empty stage, look the pages up, load K; the same for V
     consumers  per segment: load Q; per tile as in device/decode_groups.py; write a result or a partial one;
                the last program to arrive merges the partials, each consumer those of its rows
+
+The producer is one warp; over a cache in e4m3 four, which load tiles as those of `decode_attention` do, and
+unpack them into the rings.
 """
 
-from tandem_attn.device.decode_groups import Stages, first_tile, last_output, next_tile
+from tandem_attn.device.cache_numbers import SameNumbers
+from tandem_attn.device.decode_groups import (
+    FACTOR_TILES,
+    Stages,
+    first_tile,
+    last_output,
+    next_tile,
+    scales_of,
+)
 from tandem_attn.device.gluon import (
     aggregate,
     base_value,
@@ -24,12 +35,17 @@ from tandem_attn.device.partials import Results
 from tandem_attn.device.turn import pass_turn
 from tandem_attn.device.work import first_segment, next_segment, part_of, parts_of
 from tandem_attn.kernels.decode import (
+    advance,
     ask_for_q,
     empty_items,
     finish_segment,
     given,
     keep_q,
+    keep_scaled_q,
+    make_row_units,
+    make_tiles,
     make_work,
+    q_descale_of,
     rows_of,
 )
 
@@ -48,7 +64,7 @@ class Share:
 
 
 @gluon.jit
-def _producer(share, tiles, k, v, q_bar):
+def _loading_producer(share, tiles, k, v, q_bar):
     work = share.work
     at = share.at
     c: gl.constexpr = work.config
@@ -71,13 +87,59 @@ def _producer(share, tiles, k, v, q_bar):
 
 
 @gluon.jit
+def _unpacking_producer(share, tiles, k, v, q_bar):
+    """Words of a stage become fills of both rings, once per tile; the next stage is filled meanwhile."""
+    work = share.work
+    at = share.at
+    c: gl.constexpr = work.config
+    mbarrier.wait(q_bar, 0)
+    ahead = at
+    valid = at.tile < at.stop
+    places = tiles.locate(ahead, valid)
+    for stage in range(c.num_stages - 1):
+        tiles.copy(stage, ahead, places, valid)
+        ahead, valid = advance(work, ahead, valid)
+        places = tiles.locate(ahead, valid)
+    it = share.count * 0
+    going = share.count > 0
+    while going:
+        for tile in range(at.tile, at.stop):
+            tiles.wait(it)
+            tiles.emptied()
+            thread_barrier()
+            tiles.copy((it + (c.num_stages - 1)) % c.num_stages, ahead, places, valid)
+            ahead, valid = advance(work, ahead, valid)
+            places = tiles.locate(ahead, valid)
+            stage = it % c.num_stages
+            n = gl.arange(0, c.tile_n, gl.SliceLayout(1, c.copy_layout(c.k_width)))
+            k.keep_factors(it, tiles.numbers.factors.index(stage * 2))
+            v.keep_factors(it, tiles.numbers.factors.index(stage * 2 + 1))
+            k.unpack(it, tiles.k_smem, stage, (n >= 0)[:, None])
+            n = tile * c.tile_n + gl.arange(0, c.tile_n, gl.SliceLayout(1, c.copy_layout(c.v_width)))
+            keep = (n < at.length) & (n >= at.pad)
+            v.unpack(it, tiles.v_smem, stage, keep[:, None])
+            it += 1
+        going = at.left > 0
+        if going:
+            at = next_segment(work, at)
+
+
+@gluon.jit
+def _producer(share, tiles, k, v, q_bar):
+    if share.work.config.scaled:
+        _unpacking_producer(share, tiles, k, v, q_bar)
+    else:
+        _loading_producer(share, tiles, k, v, q_bar)
+
+
+@gluon.jit
 def _take_q(q_smem, group: gl.constexpr, config: gl.constexpr):
     """Q as left operand, from registers or from shared memory."""
     fence_async_shared()
     thread_barrier()
     q = ()
-    for c in gl.static_range(config.k_chunks):
-        smem = q_smem.index(group * config.k_chunks + c)
+    for c in gl.static_range(config.q_chunks):
+        smem = q_smem.index(group * config.q_chunks + c)
         if config.q_in_registers:
             q = q + (smem.load(gl.DotOperandLayout(0, config.s_layout, 2)),)
         else:
@@ -86,7 +148,9 @@ def _take_q(q_smem, group: gl.constexpr, config: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, q_bar, counters, strides, scales):
+def _consumer(
+    group: gl.constexpr, share, q_ptr, q_smem, units, k, v, q_bar, counters, q_descale, strides, scales
+):
     work = share.work
     results = share.results
     at = share.at
@@ -101,19 +165,27 @@ def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, q_bar, counters, 
     it = share.count * 0
     going = share.count > 0
     while going:
-        keep_q(asked, q_ptr, q_smem, work, results.kv_head, at.item, strides, group, c)
+        if c.scaled:
+            keep_scaled_q(
+                asked, q_ptr, q_smem, units, work, results.kv_head, at.item, q_descale, strides, group, c
+            )
+        else:
+            keep_q(asked, q_ptr, q_smem, work, results.kv_head, at.item, strides, group, c)
         q = _take_q(q_smem, group, c)
+        of_rows = scales_of(units, group, scales, c)
         rows = rows_of(work, at, group, c)
         parts = parts_of(work, at.before, work.splits.units(at.first, at.end), share.share, results.kv_head)
         part = part_of(work, at, share.place, share.share)
-        state = first_tile(group, q, k, it, rows, at.tile * c.tile_n, scales, c)
+        state = first_tile(group, q, k, v, it, rows, at.tile * c.tile_n, of_rows, c)
         for tile in range(at.tile + 1, at.stop):
             it += 1
-            state = next_tile(group, q, k, v, it, state, rows, tile * c.tile_n, tile > at.tile + 1, scales, c)
+            state = next_tile(
+                group, q, k, v, it, state, rows, tile * c.tile_n, tile > at.tile + 1, of_rows, c
+            )
         if at.left == 0:
             gdc_launch_dependents()
         n0 = (at.stop - 1) * c.tile_n
-        x, lse = last_output(v, it, state, rows, n0, at.stop - at.tile > 1, scales[0], c)
+        x, lse = last_output(v, it, state, rows, n0, at.stop - at.tile > 1, of_rows[0], c)
         it += 1
         finish_segment(work, results, at, parts, x, lse, counters, part, group, c)
         going = at.left > 0
@@ -124,8 +196,8 @@ def _consumer(group: gl.constexpr, share, q_ptr, q_smem, k, v, q_bar, counters, 
 
 @gluon.jit
 def _barriers(config: gl.constexpr, count: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [config.num_stages, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(config.num_stages):
+    bars = gl.allocate_shared_memory(gl.int64, [config.ring_stages, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(config.ring_stages):
         mbarrier.init(bars.index(s), count=count)
     return bars
 
@@ -136,7 +208,20 @@ def _stages(chunks: gl.constexpr, width: gl.constexpr, config: gl.constexpr):
         config.dtype.value, [config.stages_held * chunks * config.pieces, config.piece_rows, width],
         config.piece_layout(width),
     )  # fmt: skip
-    return Stages(smem, _barriers(config, 1), _barriers(config, config.num_groups), chunks, width, config)
+    full, empty = _barriers(config, 1), _barriers(config, config.num_groups)
+    return Stages(smem, full, empty, (), chunks, width, config)
+
+
+@gluon.jit
+def _unpacked_stages(width: gl.constexpr, config: gl.constexpr):
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    smem = gl.allocate_shared_memory(
+        config.dtype.value, [config.ring_stages * 2, config.tile_n, width],
+        config.shared_layout(config.tile_n, width),
+    )  # fmt: skip
+    factors = gl.allocate_shared_memory(gl.float32, [FACTOR_TILES, config.tile_n], plain)
+    full, empty = _barriers(config, 1), _barriers(config, config.num_groups)
+    return Stages(smem, full, empty, factors, 2, width, config)
 
 
 @gluon.jit(do_not_specialize=["seqlen"])
@@ -151,16 +236,22 @@ def decode_groups(
     kv_head = program - place * c.num_kv_heads
     work = make_work(pointers, counters, seqlen, numbers, m_blocks_magic, c)
     results = Results(out_ptr, lse_ptr, o_part, l_part, kv_head)
-    k_stages = _stages(c.k_chunks, c.k_width, c)
-    v_stages = _stages(c.v_chunks, c.v_width, c)
     q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_bar, count=c.num_groups)
+    if c.scaled:
+        k_stages, v_stages = _unpacked_stages(c.k_width, c), _unpacked_stages(c.v_width, c)
+        tiles = make_tiles(k, v, pointers, counters, table_stride, strides, kv_head, c)
+        tiles.start()
+    else:
+        k_stages, v_stages = _stages(c.k_chunks, c.k_width, c), _stages(c.v_chunks, c.v_width, c)
+        batch_idx, page_table = given(pointers[4], counters), given(pointers[5], counters)
+        tiles = LoadedTiles(k, v, k_stages.smem, v_stages.smem, k_stages.full, page_table,
+                            gl.to_tensor(table_stride), batch_idx, kv_head, SameNumbers(c), c)  # fmt: skip
     fence_async_shared()
-    batch_idx, page_table = given(pointers[4], counters), given(pointers[5], counters)
-    tiles = LoadedTiles(k, v, k_stages.smem, v_stages.smem, k_stages.full, page_table,
-                        gl.to_tensor(table_stride), batch_idx, kv_head, c)  # fmt: skip
-    shape: gl.constexpr = [c.num_groups * c.k_chunks, c.group_rows, c.k_width]
+    shape: gl.constexpr = [c.num_groups * c.q_chunks, c.group_rows, c.k_width]
     q_smem = gl.allocate_shared_memory(c.dtype.value, shape, c.q_layout)
+    row_units = make_row_units(c)
+    q_descale = q_descale_of(pointers, counters, c)
     gdc_wait()
 
     seen = work.look()
@@ -170,18 +261,16 @@ def decode_groups(
     count = gl.maximum(gl.minimum(each, units - unit), 0)
     at = first_segment(work, seen, unit, count)
     share = Share(work, results, at, place, each, count, work.some_empty(seen))
+    rest = (q_ptr, q_smem, row_units, k_stages, v_stages, q_bar, counters, q_descale, strides, scales)
     if c.num_groups == 1:
         gl.warp_specialize(
-            [
-                (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, q_bar, counters, strides, scales)),
-                (_producer, (share, tiles, k_stages, v_stages, q_bar)),
-            ],
-            [1],
-            [40],
+            [(_consumer, (0, share) + rest), (_producer, (share, tiles, k_stages, v_stages, q_bar))],
+            [c.producer_warps],
+            [c.producer_registers],
         )
     else:
         gl.warp_specialize([
-            (_consumer, (0, share, q_ptr, q_smem, k_stages, v_stages, q_bar, counters, strides, scales)),
-            (_consumer, (1, share, q_ptr, q_smem, k_stages, v_stages, q_bar, counters, strides, scales)),
+            (_consumer, (0, share) + rest),
+            (_consumer, (1, share) + rest),
             (_producer, (share, tiles, k_stages, v_stages, q_bar)),
-        ], [4, 1], [232, 40])  # fmt: skip
+        ], [4, c.producer_warps], [c.consumer_registers, c.producer_registers])  # fmt: skip

@@ -352,7 +352,8 @@ def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_
                       config: gl.constexpr):  # fmt: skip
     """seqlen_q, seqlen_k: lengths, or total packed rows; cu_seqlens and seqused: None where there are none;
     counter: int32 0 for a dynamic schedule, else None; group: heads that a schedule keeps together for L2;
-    descales, q_blocks, k_blocks, block_step: see device/precision.py; for 16 bits None and any numbers;
+    descales (and corrections), q_blocks, k_blocks, block_step: see device/precision.py; for 16 bits None and
+    any numbers;
     aside: see forward_tile.py: in_chunks, or None."""
     c: gl.constexpr = config.static
     q_slots: gl.constexpr = c.q_stages * c.num_consumers

@@ -4,6 +4,7 @@
 one after the other.
 """
 
+from tandem_attn.device.division import divided
 from tandem_attn.device.gluon import (
     aggregate,
     base_value,
@@ -228,6 +229,16 @@ def _store_part(problem, shared, group: gl.constexpr, i: gl.constexpr, part, des
 
 
 @gluon.jit
+def _column_parts(problem, o):
+    """O as it leaves: its accumulators, or the one there is in two halves."""
+    c: gl.constexpr = problem.config.static
+    if c.v_chunks == c.o_parts:
+        return o
+    else:
+        return gl.split(o[0].reshape([c.tile_m, 2, c.o_width]).permute((0, 2, 1)))
+
+
+@gluon.jit
 def epilogue(problem, shared, group: gl.constexpr, o, state, tile, o_desc, lse_ptr):
     """Finished rows: lse, O divided by the row sums, O rounded and sent off."""
     c: gl.constexpr = problem.config.static
@@ -241,14 +252,15 @@ def epilogue(problem, shared, group: gl.constexpr, o, state, tile, o_desc, lse_p
     lse = problem.precision.shifted(log_sum_exp(row_max - c.p_shift, total), place, there)
     gl.store(lse_ptr + place, lse, mask=there)
     factor = tile.unit / total
+    sees = gl.where(total == 0.0, 0.0, 1.0)
     if c.Mask.masks:
         factor = gl.where(total == 0.0, 0.0, factor)  # no key at all: O is zero
-    factor = gl.expand_dims(factor, 1)
-    if c.v_chunks == c.o_parts:
-        for i in gl.static_range(c.o_parts):
-            _store_part(problem, shared, group, i, (o[i] * factor).to(c.out_dtype), o_desc, tile)
-    else:
-        halves = (o[0] * factor).to(c.out_dtype).reshape([c.tile_m, 2, c.o_width])
-        left, right = gl.split(halves.permute((0, 2, 1)))
-        _store_part(problem, shared, group, 0, left, o_desc, tile)
-        _store_part(problem, shared, group, 1, right, o_desc, tile)
+    kv_head = divided(tile.head, problem.group_size_magic)
+    columns = o_desc.shape[-1]
+    parts = _column_parts(problem, o)
+    for i in gl.static_range(c.o_parts):
+        part = parts[i] * by_row(factor, parts[i])
+        part = problem.precision.restored(
+            part, by_row(sees, part), tile.sequence, kv_head, i * c.o_width, columns
+        )
+        _store_part(problem, shared, group, i, part.to(c.out_dtype), o_desc, tile)

@@ -241,7 +241,7 @@ class ForwardPlan:
     ):
         """(out, lse). Enqueues one kernel on the current stream of q's device; never waits for the device.
 
-        `descales`: None, or float32 factors of q, k and v and what lse is short of (or None).
+        `descales`: None, or float32 factors of q, k and v, what lse is short of and what V is (or None each).
         """
         if torch._C._cuda_getDevice() != self.device_index:
             with torch.cuda.device(self.device_index):

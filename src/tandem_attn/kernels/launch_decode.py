@@ -14,11 +14,13 @@ from tandem_attn import arch
 from tandem_attn.device.decode_groups import GroupRows
 from tandem_attn.device.division import division_magic
 from tandem_attn.device.gluon import gl
-from tandem_attn.kernels.append import AppendPlan, append_config
+from tandem_attn.kernels.append import AppendPlan
+from tandem_attn.kernels.append_blocks import BlocksPlan
 from tandem_attn.kernels.combine import combine_partials
-from tandem_attn.kernels.config_decode import DecodeConfig, blocks_of_rows, decode_config
+from tandem_attn.kernels.config_decode import DecodeConfig, decode_config
 from tandem_attn.kernels.decode import decode_attention
 from tandem_attn.kernels.decode_groups import decode_groups
+from tandem_attn.kernels.decode_tiles import blocks_of_rows
 from tandem_attn.kernels.launcher import KernelLauncher, encoded, misaligned, tensor_descriptor
 from tandem_attn.kernels.question import (
     UNBOUNDED,
@@ -29,6 +31,7 @@ from tandem_attn.kernels.question import (
     score_scales,
     window_numbers,
 )
+from tandem_attn.spec import E4M3
 from tandem_attn.spec_decode import ALIGNMENT, AppendSpec, Cache, DecodeSpec, New
 
 NAME = "gluon"
@@ -40,11 +43,16 @@ def decode_reasons(spec: DecodeSpec) -> list[str]:
     if spec.device.type != "cuda":
         return said
     said += element_reasons(spec.dtype)
-    said += head_dim_reasons(spec.head_dim, spec.head_dim_v)
+    said += head_dim_reasons(spec.head_dim, spec.head_dim_v, *((16, " of e4m3 caches") if spec.fp8 else ()))
     said += scale_reasons(spec.softmax_scale)
-    for name, stride in (("q", spec.q_stride), ("k_cache", spec.k_stride), ("v_cache", spec.v_stride)):
-        if stride[-1] != 1 or any(step % 8 or not 0 <= step < 2**38 for step in stride[:-1]):
-            said.append(f"{name} has strides {stride}; supported: 1 at the end, else multiples of 8 elements")
+    of_cache = 16 if spec.fp8 else 8
+    for name, stride, unit in (
+        ("q", spec.q_stride, 8), ("k_cache", spec.k_stride, of_cache), ("v_cache", spec.v_stride, of_cache),
+    ):  # fmt: skip
+        if stride[-1] != 1 or any(step % unit or not 0 <= step < 2**38 for step in stride[:-1]):
+            said.append(
+                f"{name} has strides {stride}; supported: 1 at the end, else multiples of {unit} elements"
+            )
     if not spec.aligned:
         said.append("q, k_cache or v_cache does not start at a multiple of 16 bytes")
     if max(spec.capacity, spec.total_q, spec.cache_rows) >= UNBOUNDED:
@@ -70,18 +78,28 @@ def append_reasons(spec: AppendSpec) -> list[str]:
             said.append(f"{name} is {dim}; supported: up to 256")
     if max(spec.capacity, spec.total_q + spec.total_new, spec.cache_rows) >= UNBOUNDED:
         said.append(f"{spec.capacity} keys, {spec.total_new} new tokens: more than 30 bits count")
+    elif _by_block(spec) and (programs := BlocksPlan(spec).grid[0]) >= 2 * UNBOUNDED:
+        said.append(f"{programs} programs: more than a grid takes")
     return said
 
 
 def append_describe(spec: AppendSpec) -> str:
     """One line for explain(): what one launch does."""
-    config = append_config(spec)
-    return f"one kernel, {config.heads_at_once} heads of a token at a time"
+    plan = append(spec)
+    count = plan.config.heads_at_once
+    if getattr(plan.config, "by_token", False):
+        return f"one kernel, {count} tokens of a head and a block at a time"
+    return f"one kernel, {count} heads of a token at a time"
 
 
 def append(spec: AppendSpec) -> AppendPlan:
     """The plan for a question: see `AppendPlan.__call__`."""
-    return AppendPlan(spec)
+    return (BlocksPlan if _by_block(spec) else AppendPlan)(spec)
+
+
+def _by_block(spec: AppendSpec) -> bool:
+    """Whether blocks of the cache get factors, each from a program of its own."""
+    return spec.quantizes and spec.descale_block > 0 and spec.total_new > 0
 
 
 def decode(spec: DecodeSpec) -> DecodePlan:
@@ -92,7 +110,7 @@ def decode(spec: DecodeSpec) -> DecodePlan:
 def box_of(config: DecodeConfig, width: int) -> tuple[list[int], object]:
     """TMA box of a piece of a tile, and its layout in shared memory."""
     shape = [1, config.piece_rows, 1, width]
-    return shape, gl.NVMMASharedLayout.get_default_for(shape, config.dtype)
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, config.cache_dtype)
 
 
 def kernel_of(config: DecodeConfig):
@@ -152,9 +170,13 @@ class DecodePlan:
             new.seqlen_new, spec.seqlen_q, spec.total_q, spec.capacity, left, right, self.items, m_blocks
         )  # fmt: skip
         q_stride = (0, *spec.q_stride) if spec.packed_q else spec.q_stride
-        strides = (*q_stride[:3], *spec.k_stride[:3], *spec.v_stride[:3])
+        of_cache = 16 if spec.fp8 else 8
+        strides = tuple(s // 8 for s in q_stride[:3])
+        strides += tuple(s // of_cache for s in (*spec.k_stride[:3], *spec.v_stride[:3]))
+        if spec.fp8:
+            strides += (*(spec.q_descale_stride or (0, 0)), *spec.k_descale_stride, *spec.v_descale_stride)
         scales = score_scales(spec.softmax_scale, spec.softcap)
-        return numbers, division_magic(m_blocks), spec.table_stride, tuple(s // 8 for s in strides), scales
+        return numbers, division_magic(m_blocks), spec.table_stride, strides, scales
 
     def _memory(self, workspace) -> tuple[torch.Tensor, ...]:
         """(counters int32, lse, l_part, o_part float32) for a call."""
@@ -208,6 +230,8 @@ class DecodePlan:
             cache.seqlens, new.cu_seqlens_k_new, cache.leftpad, new.cu_seqlens_q, cache.batch_idx,
             cache.page_table,
         )  # fmt: skip
+        if spec.fp8:
+            pointers += (new.q_descale, cache.k_descale, cache.v_descale)
         if self.constants is None:
             self.constants = self._numbers(new)
         tensors, lengths = (q, out, lse, o_part, l_part, counters), (pointers, cache.seqlen)
@@ -231,7 +255,7 @@ class DecodePlan:
         addresses = (cache.k.data_ptr(), cache.v.data_ptr())
         found = self.maps.get(addresses)
         if found is None:
-            found = encoded(decoder, self.maps, addresses, (cache.k, cache.v))
+            found = encoded(decoder, self.maps, addresses, (_words(cache.k), _words(cache.v)))
         return found
 
     def _prepare(self, cache: Cache, tensors: tuple, lengths: tuple):
@@ -241,7 +265,7 @@ class DecodePlan:
         if not config.Tiles.clears.value:
             kv = [
                 tensor_descriptor(x, list(x.shape), _steps(x), *box_of(config, width))
-                for x, width in ((cache.k, config.k_width), (cache.v, config.v_width))
+                for x, width in ((_words(cache.k), config.k_width), (_words(cache.v), config.v_width))
             ]
         arguments = (*kv, *tensors, *lengths, *self.constants, config)
         decoder = KernelLauncher(kernel_of(config), arguments, options_of(config))
@@ -253,6 +277,11 @@ class DecodePlan:
 
 def _rounded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _words(x: torch.Tensor) -> torch.Tensor:
+    """A cache as tiles see it: e4m3 numbers by twos."""
+    return x.view(torch.int16) if x.dtype == E4M3 else x
 
 
 def _steps(x: torch.Tensor) -> list[int]:

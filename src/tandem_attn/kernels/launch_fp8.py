@@ -51,7 +51,7 @@ def fp8_describe(spec: Fp8Spec) -> str:
 
 def fp8(spec: Fp8Spec) -> ForwardPlan:
     """The plan for a question: call it with (q, k, v_t, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-    descales), these being those of q, k and v, and lse_shift or None."""
+    descales), these being those of q, k and v, lse_shift or None, v_mean or None."""
     question = spec.attention
     shape = (question.num_kv_heads, question.head_dim_v, spec.padded_k)
     if not question.varlen:
@@ -60,4 +60,5 @@ def fp8(spec: Fp8Spec) -> ForwardPlan:
         shape = (1, *shape)
     each = spec.padded_k * question.head_dim_v
     strides = [each * question.num_kv_heads, each, spec.padded_k, 1]
-    return ForwardPlan(question, fp8_config(question), (list(shape), strides), spec.factors)
+    config = fp8_config(question)
+    return ForwardPlan(question, config, (list(shape), strides), spec.factors)

@@ -1,25 +1,26 @@
 """The gluon backend that makes FP8: from a question and addresses to launches.
 
 A `QuantizePlan` is made once per question. With scales of blocks a call is one launch, and two short ones
-before it where the mean of K is subtracted; a scale for more than a block takes one more pass over inputs.
-Short launches start early (programmatic dependent launch), and wait for what they need.
+before it where means are subtracted; a scale for more than a block takes one more pass over inputs. Short
+launches start early (programmatic dependent launch), and wait for what they need.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 
 import torch
 
-from tandem_attn.kernels.config_quantize import QuantizeConfig, TransposeConfig
+from tandem_attn.kernels.config_quantize import MeansConfig, QuantizeConfig, Summing, TransposeConfig
 from tandem_attn.kernels.launcher import KernelLauncher, misaligned
-from tandem_attn.kernels.quantize import finish_means, quantize_tiles, sum_keys, transpose_keys
+from tandem_attn.kernels.means import finish_means, sum_rows
+from tandem_attn.kernels.quantize import quantize_tiles, transpose_keys
 from tandem_attn.kernels.question import UNBOUNDED, device_reasons, element_reasons
-from tandem_attn.quant import BLOCK_K, BLOCK_Q, E4M3, PADDING
+from tandem_attn.quant import BLOCK_K, BLOCK_Q, E4M3, MEAN_ROWS, PADDING
 from tandem_attn.spec_quant import Quantized, QuantizeSpec, TransposeSpec, empty_tensors
 
 NAME = "gluon"
-SUMMING = 3168  # programs that K is summed by, 3 or 4 rounds: what is read last is in L2 for quantize_tiles
+SUMMING = 3168  # programs that a mean is summed by at most, 3 or 4 rounds of them
 RESIDENT = 396  # programs at once, 3 for each multiprocessor
 MAX_CHUNKS = 64  # of a sequence, for which one warp adds up what they found
 MAX_ROW_STRIDE = 2**24  # 128 rows are within 2**31 elements
@@ -88,7 +89,8 @@ def _size_reasons(*sizes: int) -> list[str]:
 def quantize_describe(spec: QuantizeSpec) -> str:
     """One line for explain(): what is launched."""
     plan = QuantizePlan(spec)
-    mean = f"mean of K by {plan.chunks} parts of a sequence, then " if spec.smooth_k else ""
+    parts = [f"{x} by {n} parts of a sequence" for x, n in zip("KV", plan.chunks, strict=True) if n]
+    mean = f"means of {' and '.join(parts)}, then " if parts else ""
     passes = "one pass" if spec.granularity == "block" else "one pass for the maxima and one"
     return f"{mean}{passes}, tiles of {PADDING} rows by {plan.config.num_warps} warps"
 
@@ -114,20 +116,28 @@ def quantize_config(spec: QuantizeSpec, programs: int = 0, measures: bool = Fals
     They start before the launch that they follow is over only if all are resident at once: more would wait
     one by one, and what they read could not be loaded along with their rows.
     """
-    follows = spec.smooth_k or (spec.granularity != "block" and not measures)
+    follows = spec.smooth_k or spec.smooth_v or (spec.granularity != "block" and not measures)
     return QuantizeConfig(
+        **_facts_of_rows(spec),
+        has_seqused_q=spec.has_seqused_q,
+        granularity=spec.granularity,
+        measures=measures,
+        early=follows and programs <= RESIDENT,
+    )
+
+
+def _facts_of_rows(spec: QuantizeSpec) -> dict:
+    """The fields of a RowsConfig."""
+    return dict(
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         packed=spec.packed,
-        has_seqused_q=spec.has_seqused_q,
         has_seqused_k=spec.has_seqused_k,
         rotate=spec.rotate,
         smooth_k=spec.smooth_k,
-        granularity=spec.granularity,
+        smooth_v=spec.smooth_v,
         rotary_dim=spec.rotary_dim,
         interleaved=spec.interleaved,
-        measures=measures,
-        early=follows and programs <= RESIDENT,
     )
 
 
@@ -136,10 +146,10 @@ def transpose_config(spec: TransposeSpec) -> TransposeConfig:
     return TransposeConfig(spec.head_dim_v, spec.packed, spec.has_seqused_k)
 
 
-def options_of(config: QuantizeConfig) -> dict:
+def options_of(config: QuantizeConfig | MeansConfig, early: bool = False) -> dict:
     """How a kernel is compiled and launched."""
     limit = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
-    return dict(num_warps=config.num_warps, launch_pdl=config.early, **limit)
+    return dict(num_warps=config.num_warps, launch_pdl=early, **limit)
 
 
 def _three_strides(stride: tuple[int, ...], unit: int) -> tuple[int, ...]:
@@ -184,14 +194,22 @@ class QuantizePlan:
         )
         self.programs = of_q * spec.num_heads + (of_k + of_v) * spec.num_kv_heads
         self.config = quantize_config(spec, self.programs)
+        self.means_config = MeansConfig(**_facts_of_rows(spec))
         self.heads_k = spec.batch * spec.num_kv_heads
-        steps = -(-spec.seqlen_k // dataclasses.replace(self.config, sums=True).sum_rows)
-        self.chunks = max(1, min(MAX_CHUNKS, steps, -(-SUMMING // max(1, self.heads_k))))
-        self.k_strides = _three_strides(spec.k_stride, 8)
-        q_strides, v_strides = _three_strides(spec.q_stride, 8), _three_strides(spec.v_stride, 8)
+        self.chunks = (
+            self._chunks(self.means_config.sum_k, min(spec.seqlen_k, MEAN_ROWS)) if spec.smooth_k else 0,
+            self._chunks(self.means_config.sum_v, spec.seqlen_k) if spec.smooth_v else 0,
+        )
+        q_strides, *self.kv_strides = (
+            _three_strides(stride, 8) for stride in (spec.q_stride, spec.k_stride, spec.v_stride)
+        )
         sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.seqlen_q, spec.seqlen_k)
         self.rotary = (spec.rotary_stride // 8, spec.rotary_len)
-        self.numbers = (*sizes, *self.rotary, *q_strides, *self.k_strides, *v_strides)
+        self.numbers = (*sizes, *self.rotary, *q_strides, *itertools.chain(*self.kv_strides))
+
+    def _chunks(self, summing: Summing, rows: int) -> int:
+        """Parts of so many rows. Packed V: of all sequences, which one of them may have."""
+        return max(1, min(MAX_CHUNKS, -(-rows // summing.rows), -(-SUMMING // max(1, self.heads_k))))
 
     def _shared_scales(self) -> tuple[list[int], int]:
         """(how many scales of q, k and v there are, each rounded up to 16 bytes, all together)."""
@@ -241,44 +259,54 @@ class QuantizePlan:
         q8, k8 = (torch.empty(x.shape, dtype=E4M3, device=spec.device) for x in (q, k))
         v_t = torch.empty(spec.v_t_shape, dtype=E4M3, device=spec.device)
         scales, shown, maxima = self._scales()
-        shift = k_mean = means = None
+        shift = k_mean = rotated = v_mean = None
         if spec.smooth_k:
             # rows of no sequence have a finite lse_shift as well
             allocate = torch.zeros if spec.packed else torch.empty
             shift = allocate(spec.lse_shape, dtype=torch.float32, device=spec.device)
-            k_mean, means = self._means(stream, k, signs, cos, sin, lengths)
+        if spec.smooth_k or spec.smooth_v:
+            k_mean, rotated, v_mean = self._means(stream, k, v, signs, cos, sin, lengths)
         outputs = (q8, k8, v_t, *scales, q if shift is None else shift)
-        tables = (signs, q if means is None else means, *(maxima or (q, q, q)), cos, sin)
+        means = (q if x is None else x for x in (rotated, v_mean))
+        tables = (signs, *means, *(maxima or (q, q, q)), cos, sin)
         tensors = (q, k, v, outputs, tables, *lengths)
         if maxima:
             self._launch_tiles(quantize_config(spec, self.programs, measures=True), stream, tensors)
         self._launch_tiles(self.config, stream, tensors)
-        return Quantized(q8, k8, v_t, *shown, shift, k_mean)
+        return Quantized(q8, k8, v_t, *shown, shift, k_mean, v_mean)
 
     def _launch_tiles(self, config: QuantizeConfig, stream: int, tensors: tuple) -> None:
-        numbers, options = (*self.numbers, config), options_of(config)
+        numbers, options = (*self.numbers, config), options_of(config, config.early)
         self.kernels.launch(quantize_tiles, self.programs, stream, tensors, numbers, options)
 
-    def _means(self, stream: int, k, signs, cos, sin, lengths) -> tuple[torch.Tensor, torch.Tensor]:
-        """(k_mean, the same as quantize_tiles subtracts it)."""
-        spec = self.spec
-        config = dataclasses.replace(self.config, sums=True, early=False, granularity="block")
-        shape = (spec.batch, spec.num_kv_heads, spec.head_dim)
-        k_mean = torch.empty(shape, dtype=torch.float32, device=spec.device)
-        means = torch.empty(shape, dtype=torch.float32, device=spec.device) if spec.rotate else k_mean
-        partial = torch.empty(
-            (self.heads_k, self.chunks, spec.head_dim), dtype=torch.float32, device=spec.device
+    def _means(self, stream: int, k, v, signs, cos, sin, lengths) -> tuple[torch.Tensor | None, ...]:
+        """(k_mean, the same as quantize_tiles subtracts it, v_mean), None for those that are kept."""
+        spec, config, of_k = self.spec, self.means_config, (lengths[1], lengths[3])
+        k_chunks, v_chunks = self.chunks
+        k_sums = self._sums(spec.smooth_k, k_chunks, spec.head_dim)
+        v_sums = self._sums(spec.smooth_v, v_chunks, spec.head_dim_v)
+        k_mean = self._sums(spec.smooth_k, spec.head_dim)
+        v_mean = self._sums(spec.smooth_v, spec.head_dim_v)
+        rotated = self._sums(spec.smooth_k, spec.head_dim) if spec.rotate else k_mean
+        partials, means = (
+            tuple(k if x is None else x for x in some)  # what is not there points anywhere
+            for some in ((k_sums, v_sums), (k_mean, rotated, v_mean))
         )
-        of_k = lengths[1], lengths[3]
-        sizes = (spec.batch, spec.num_kv_heads, spec.seqlen_k, self.chunks)
-        numbers = (*sizes, *self.k_strides, *self.rotary, config)
-        tensors = (k, partial, cos, sin, *of_k)
-        options = options_of(config)
-        self.kernels.launch(sum_keys, self.heads_k * self.chunks, stream, tensors, numbers, options)
-        tensors = (partial, signs, k_mean, means, *of_k)
-        options = dict(num_warps=1, launch_pdl=True)
-        self.kernels.launch(finish_means, self.heads_k, stream, tensors, (*sizes[1:], config), options)
-        return k_mean, means
+        sizes = (spec.num_kv_heads, spec.seqlen_k, k_chunks, v_chunks)
+        numbers = (spec.batch, *sizes, *itertools.chain(*self.kv_strides), *self.rotary, config)
+        programs, tensors = self.heads_k * (k_chunks + v_chunks), (k, v, partials, cos, sin, *of_k)
+        self.kernels.launch(sum_rows, programs, stream, tensors, numbers, options_of(config))
+        programs = self.heads_k * (spec.smooth_k + spec.smooth_v)
+        tensors, options = (partials, signs, means, *of_k), dict(num_warps=1, launch_pdl=True)
+        self.kernels.launch(finish_means, programs, stream, tensors, (*sizes, config), options)
+        return k_mean, rotated, v_mean
+
+    def _sums(self, wanted: bool, *shape: int) -> torch.Tensor | None:
+        """Memory for fp32 numbers of all KV heads of all sequences."""
+        if not wanted:
+            return None
+        shape = (self.spec.batch, self.spec.num_kv_heads, *shape)
+        return torch.empty(shape, dtype=torch.float32, device=self.spec.device)
 
 
 class TransposePlan:

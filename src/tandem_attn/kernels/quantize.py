@@ -1,16 +1,15 @@
 """FP8 out of 16-bit q, k and v: memory-bound kernels.
 
 A program of `quantize_tiles` takes 128 rows of one head, in registers: rotary embedding, rotation
-(device/rotation.py), the mean of K, the largest magnitude of each block, e4m3; of V also the transposition
-(device/transposed.py). Wide heads go in parts, and what does not fit in registers until its maximum is known
-is read again, from L1 or L2: so that several programs fit beside one another and some load while others
-compute. K's mean comes from two launches before that (`sum_keys`, `finish_means`), in a fixed order. A scale
-for more than a block needs its maximum first: `quantize_tiles` with `measures`.
+(device/rotation.py), the means of K and V, the largest magnitude of each block, e4m3; of V also the
+transposition (device/transposed.py). Wide heads go in parts, and what does not fit in registers until its
+maximum is known is read again, from L1 or L2: so that several programs fit beside one another and some load
+while others compute. Means come from launches before that (kernels/means.py). A scale for more than a block
+needs its maximum first: `quantize_tiles` with `measures`.
 """
 
 from tandem_attn.device.fp8_tiles import (
     TILE,
-    Place,
     Rotary,
     Side,
     comparable,
@@ -21,20 +20,10 @@ from tandem_attn.device.fp8_tiles import (
     scales_of,
     tiles_of,
 )
-from tandem_attn.device.gluon import gdc_launch_dependents, gdc_wait, gl, gluon, thread_barrier
-from tandem_attn.device.rotation import (
-    PIECE,
-    in_shared,
-    piece_of,
-    rotate_pieces,
-    sign_bits,
-    turn_halves,
-    turn_pairs,
-    turn_two,
-)
-from tandem_attn.device.transposed import four_keys, pack_four, regroup_bytes, store_words
-
-CHUNKS_AT_ONCE = gl.constexpr(32)  # sums of parts of K that one warp loads together
+from tandem_attn.device.gluon import gdc_wait, gl, gluon, thread_barrier
+from tandem_attn.device.rotation import PIECE, in_shared, piece_of
+from tandem_attn.device.row_pieces import columns_of, kept, load_rows, rotated, signs_of
+from tandem_attn.device.transposed import as_new, four_keys, pack_four, regroup_bytes, store_words
 
 
 @gluon.jit
@@ -45,83 +34,11 @@ def _await(config: gl.constexpr):
 
 
 @gluon.jit
-def _kept(there, column, first: gl.constexpr, dim: gl.constexpr):
-    """Mask of a piece that begins with column `first`: rows that are there, columns below dim."""
-    keep = there[:, None]
-    if first + column.shape[0] > dim:
-        keep = keep & (column < dim - first)[None, :]
-    return keep
-
-
-@gluon.jit
-def _load_rows(x, there, rotary, position, config: gl.constexpr):
-    """16-bit pieces of rows of q or k, turned by their position. x: [rows, 1] pointers."""
-    column = gl.arange(0, PIECE, gl.SliceLayout(0, config.layout))
-    pieces = ()
-    for j in gl.static_range(config.pieces):
-        keep = _kept(there, column, j * 32, config.head_dim)
-        pieces = pieces + (gl.load(x + column[None, :] + j * 32, mask=keep, other=0.0),)
-    if config.rotary_dim > 0:
-        pieces = _turned(pieces, x, there, rotary, rotary.angles(position, there), config)
-    return pieces
-
-
-@gluon.jit
-def _turned(pieces, x, there, rotary, angle, config: gl.constexpr):
-    """Pieces after rotary embedding."""
-    half: gl.constexpr = config.rotary_dim // 2
-    far: gl.constexpr = half // 32  # pieces to the other column, if they are whole
-    turned = ()
-    if half % 32 == 0 and not config.interleaved:
-        others = ()
-        for j in gl.static_range(far):
-            a, b = turn_two(pieces[j], pieces[j + far], rotary.cos, rotary.sin, angle, j * 32)
-            turned, others = turned + (a,), others + (b,)
-        turned = turned + others
-    else:
-        for j in gl.static_range((config.rotary_dim + 31) // 32):
-            if config.interleaved:
-                y = turn_pairs(pieces[j], rotary.cos, rotary.sin, angle, j * 32, half)
-            else:
-                y = turn_halves(pieces[j], x, rotary.cos, rotary.sin, angle, there, j * 32, half)
-            turned = turned + (y,)
-    for j in gl.static_range(len(turned), config.pieces):
-        turned = turned + (pieces[j],)
-    return turned
-
-
-@gluon.jit
-def _columns(ptr, config: gl.constexpr):
-    """fp32 [columns]: one number for each column of q and k."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    column = gl.arange(0, config.columns, layout)
-    return gl.load(ptr + column, mask=column < config.head_dim, other=0.0)
-
-
-@gluon.jit
-def _rotated(pieces, signs, config: gl.constexpr):
-    """16-bit pieces -> fp32, times signs and the Hadamard matrix if there is rotation: 1 / norm too large."""
-    if config.rotate:
-        return rotate_pieces(pieces, signs, config.mma, config.group)
-    else:
-        out = ()
-        for j in gl.static_range(config.pieces):
-            out = out + (pieces[j].to(gl.float32),)
-        return out
-
-
-@gluon.jit
-def _signs(signs, config: gl.constexpr):
-    """In shared memory, for `_rotated`."""
-    return in_shared(sign_bits(_columns(signs, config))) if config.rotate else signs
-
-
-@gluon.jit
 def _mean(means, number, config: gl.constexpr):
-    """In shared memory, a mean of K as `_rotated`. number: of KV heads of all sequences."""
+    """In shared memory, a mean of K as `rotated`. number: of KV heads of all sequences."""
     if config.smooth_k:
         _await(config)
-        return in_shared(_columns(means + number * config.head_dim, config))
+        return in_shared(columns_of(means + number * config.head_dim, config))
     else:
         return means
 
@@ -141,7 +58,7 @@ def _store_rows(side, pieces, there, inverse, place, head, config: gl.constexpr)
     column = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
     to = side.places(place, head, config.head_dim, config.rows, layout, config.packed) + column[None, :]
     for j in gl.static_range(config.pieces):
-        keep = _kept(there, column, j * 32, config.head_dim)
+        keep = kept(there, column, j * 32, config.head_dim)
         gl.store(to + j * 32, (pieces[j] * inverse).to(gl.float8e4nv), mask=keep)
 
 
@@ -162,19 +79,19 @@ def _key_part(side, place, head, signs, mean, rotary, config: gl.constexpr):
     """(fp32 pieces of rows of K, whether they are there)."""
     thread_barrier()  # or the compiler keeps columns of the part before in registers that it does not have
     row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
-    x = _load_rows(side.rows(place, head, config.rows, config.layout), there, rotary, row, config)
-    return _less_mean(_rotated(x, signs, config), mean, config), there
+    x = load_rows(side.rows(place, head, config.rows, config.layout), there, rotary, row, config)
+    return _less_mean(rotated(x, signs, config), mean, config), there
 
 
 @gluon.jit
 def _key_rows(side, place, head, signs, means, rotary, config: gl.constexpr):
     """A tile of K: its parts for their maximum, the last of them stays in registers."""
     last: gl.constexpr = TILE - config.rows
-    signs = _signs(signs, config)
+    signs = signs_of(signs, config)
     row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
-    x = _load_rows(side.rows(place, head, config.rows, config.layout), there, rotary, row, config)
+    x = load_rows(side.rows(place, head, config.rows, config.layout), there, rotary, row, config)
     mean = _mean(means, place.b * side.heads + head, config)
-    x = _less_mean(_rotated(x, signs, config), mean, config)
+    x = _less_mean(rotated(x, signs, config), mean, config)
     if config.granularity == "block" or config.measures:
         bits = _row_maxima(x, there, config)
     for first in gl.static_range(config.rows, TILE, config.rows):
@@ -199,18 +116,18 @@ def _key_rows(side, place, head, signs, means, rotary, config: gl.constexpr):
 @gluon.jit
 def _query_rows(side, place, head, shift, kv_heads, signs, means, rotary, before, config: gl.constexpr):
     """A tile of q, and its products with the mean of K. before: position of the first query."""
-    signs = _signs(signs, config)
+    signs = signs_of(signs, config)
     mean = means
     for first in gl.static_range(0, TILE, config.rows):
         part = place.part(first)
         row, there = part.rows(config.rows, gl.SliceLayout(1, config.layout))
         x = side.rows(part, head, config.rows, config.layout)
-        x = _load_rows(x, there, rotary, row + before, config)
+        x = load_rows(x, there, rotary, row + before, config)
         if first > 0:
             thread_barrier()
         elif not config.measures:
             mean = _mean(means, place.b * kv_heads + head // (side.heads // kv_heads), config)
-        x = _rotated(x, signs, config)
+        x = rotated(x, signs, config)
         if config.smooth_k and not config.measures:
             product = gl.zeros([config.rows], gl.float32, gl.SliceLayout(1, config.layout))
             for j in gl.static_range(config.pieces):
@@ -272,13 +189,39 @@ def _words(y, place, head, heads, tiles, seqlen, config: gl.constexpr):
 def _value_piece(x, there, column, j: gl.constexpr, config: gl.constexpr):
     """16-bit piece of a tile of V. x: pointers to piece 0."""
     width: gl.constexpr = config.v_width
-    keep = _kept(there, column, j * width, config.head_dim_v)
+    keep = kept(there, column, j * width, config.head_dim_v)
     return gl.load(x + j * width, mask=keep, other=0.0)
 
 
 @gluon.jit
-def _value_rows(side, place, head, config: gl.constexpr):
-    """A tile of V: quantized, transposed, 0 past the end. Wide ones are read twice."""
+def _less_value_mean(x, mean, there, column, j: gl.constexpr, config: gl.constexpr):
+    """fp32 piece of a tile of V, less its mean if there is smoothing; rows that are not there stay 0."""
+    y = x.to(gl.float32)
+    if config.smooth_v:
+        first: gl.constexpr = j * config.v_width
+        c = gl.load(mean + first + column, mask=column < config.head_dim_v - first, other=0.0)
+        y = y - c[None, :] * there.to(gl.float32)[:, None]
+    return y
+
+
+@gluon.jit
+def _largest_value(pieces, mean, there, column, config: gl.constexpr):
+    """The largest magnitude in a tile of V, `comparable`."""
+    if config.smooth_v:
+        # piece by piece: of all of them fp32 numbers would not fit
+        largest = gl.zeros_like(four_keys(pieces[0])[0]).to(gl.float32)
+        for j in gl.static_range(config.v_pieces):
+            e, f, g, h = four_keys(_less_value_mean(pieces[j], mean, there, column, j, config))
+            largest = larger(larger(larger(larger(largest, e), f), g), h)
+    else:
+        e, f, g, h = four_keys(largest_of(pieces))
+        largest = larger(larger(e, f), larger(g, h))
+    return gl.max(comparable(largest))
+
+
+@gluon.jit
+def _value_rows(side, place, head, means, config: gl.constexpr):
+    """A tile of V: quantized, transposed, 0 past the end. Wide ones are read twice. means: of all heads."""
     width: gl.constexpr = config.v_width
     _, there = place.rows(TILE, gl.SliceLayout(1, config.v_layout))
     column = gl.arange(0, width, gl.SliceLayout(0, config.v_layout))
@@ -286,9 +229,12 @@ def _value_rows(side, place, head, config: gl.constexpr):
     pieces = ()
     for j in gl.static_range(config.v_pieces):
         pieces = pieces + (_value_piece(x, there, column, j, config),)
+    mean = means
+    if config.smooth_v:
+        _await(config)
+        mean += (place.b * side.heads + head) * config.head_dim_v
     if config.granularity == "block" or config.measures:
-        e, f, g, h = four_keys(largest_of(pieces))
-        bits = gl.max(comparable(larger(larger(e, f), larger(g, h))))
+        bits = _largest_value(pieces, mean, there, column, config)
     if config.measures:
         side.measure(bits, place, head, config.granularity)
     else:
@@ -300,8 +246,8 @@ def _value_rows(side, place, head, config: gl.constexpr):
             inverse = side.shared_inverse(place, head, config.granularity, True)
         words, each = _words(side.y, place, head, side.heads, side.tiles, side.seqlen, config)
         for j in gl.static_range(config.v_pieces):
-            y = _value_piece(x, there, column, j, config) if config.v_again else pieces[j]
-            y = pack_four(y.to(gl.float32) * inverse)
+            y = _value_piece(x, there, column, j, config) if config.v_again else as_new(pieces[j])
+            y = pack_four(_less_value_mean(y, mean, there, column, j, config) * inverse)
             store_words(words, y, j * width, config.head_dim_v, each, config.words_layout)
 
 
@@ -317,28 +263,26 @@ def quantize_tiles(q, k, v, outputs, tables, cu_seqlens_q, cu_seqlens_k, seqused
     """Grid: tiles of all heads of k, then of q, then of v. Strides in units of 8 elements; the batch's are 0
     of packed tensors, whose seqlen is that of all sequences. Pointers that are not given point anywhere.
 
-    outputs: q, k, v_t, q_descale, k_descale, v_descale, lse_shift; tables: signs, rotated means of K, maxima
-    of q, of k and of v, cos, sin.
+    outputs: q, k, v_t, q_descale, k_descale, v_descale, lse_shift; tables: signs, rotated means of K, means
+    of V, maxima of q, of k and of v, cos, sin.
     """
     c: gl.constexpr = config.static
     signs, means = tables[0], tables[1]
-    rotary = Rotary(tables[5], tables[6], rotary_stride, rotary_len)
+    rotary = Rotary(tables[6], tables[7], rotary_stride, rotary_len)
     q_tiles = tiles_of(seqlen_q, batch, 0, c.packed)
     k_tiles = tiles_of(seqlen_k, batch, 0, c.packed)
     pid = gl.program_id(0)
     if c.granularity != "block" and not c.measures:
         pid = gl.num_programs(0) - 1 - pid  # what was measured last is still in L2
     if pid < k_tiles * kv_heads:
-        # the last keys first: they are still in L2 where means were taken
-        pid = k_tiles * kv_heads - 1 - pid
-        side = Side(k, k_batch, k_row, k_head, kv_heads, seqlen_k, k_tiles, outputs[1], outputs[4], tables[3])
+        side = Side(k, k_batch, k_row, k_head, kv_heads, seqlen_k, k_tiles, outputs[1], outputs[4], tables[4])
         tile = pid // kv_heads
         place = place_of(tile, cu_seqlens_k, seqused_k, seqlen_k, batch, 0, c.has_seqused_k, c)
         if place.holds(c.packed):
             _key_rows(side, place, pid - tile * kv_heads, signs, means, rotary, c)
     elif pid < k_tiles * kv_heads + q_tiles * heads:
         pid -= k_tiles * kv_heads
-        side = Side(q, q_batch, q_row, q_head, heads, seqlen_q, q_tiles, outputs[0], outputs[3], tables[2])
+        side = Side(q, q_batch, q_row, q_head, heads, seqlen_q, q_tiles, outputs[0], outputs[3], tables[3])
         tile = pid // heads
         place = place_of(tile, cu_seqlens_q, seqused_q, seqlen_q, batch, 0, c.has_seqused_q, c)
         if place.holds(c.packed):
@@ -351,118 +295,11 @@ def quantize_tiles(q, k, v, outputs, tables, cu_seqlens_q, cu_seqlens_k, seqused
     else:
         pid -= k_tiles * kv_heads + q_tiles * heads
         v_tiles = tiles_of(seqlen_k, batch, 1, c.packed)
-        side = Side(v, v_batch, v_row, v_head, kv_heads, seqlen_k, v_tiles, outputs[2], outputs[5], tables[4])
+        side = Side(v, v_batch, v_row, v_head, kv_heads, seqlen_k, v_tiles, outputs[2], outputs[5], tables[5])
         tile = pid // kv_heads
         place = place_of(tile, cu_seqlens_k, seqused_k, seqlen_k, batch, 1, c.has_seqused_k, c)
         if place.holds(c.packed):
-            _value_rows(side, place, pid - tile * kv_heads, c)
-
-
-# The mean of K
-
-
-@gluon.jit(
-    do_not_specialize=["batch", "kv_heads", "seqlen_k", "chunks", "k_batch", "k_row", "k_head", *_SIZES[-2:]],
-    do_not_specialize_on_alignment=["cu_seqlens_k", "seqused_k"],
-)
-def sum_keys(k, partial, cos, sin, cu_seqlens_k, seqused_k, batch, kv_heads, seqlen_k, chunks, k_batch, k_row,
-             k_head, rotary_stride, rotary_len, config: gl.constexpr):  # fmt: skip
-    """Sums over a chunk of the keys of a sequence: partial fp32 (batch, kv_heads, chunks, head_dim)."""
-    c: gl.constexpr = config.static
-    gdc_launch_dependents()
-    pid = gl.program_id(0)
-    rest = pid // kv_heads
-    head = pid - rest * kv_heads
-    b = rest // chunks
-    chunk = rest - b * chunks
-    start, length = b * 0, seqlen_k
-    if c.packed:
-        start, length = length_of(cu_seqlens_k, seqused_k, b, seqlen_k, c.has_seqused_k)
-    side = Side(k, k_batch, k_row, k_head, kv_heads, seqlen_k, chunks, partial, partial, partial)
-    rotary = Rotary(cos, sin, rotary_stride, rotary_len)
-    tiles = (length + (TILE - 1)) // TILE
-    each = (tiles + chunks - 1) // chunks
-    rows: gl.constexpr = c.sum_rows
-    width: gl.constexpr = c.sum_width
-    layout: gl.constexpr = c.sum_layout
-    column = gl.arange(0, width, gl.SliceLayout(0, layout))
-    total = ()
-    for _ in gl.static_range(0, c.head_dim, width):
-        total = total + (gl.zeros([c.sum_together, width], gl.float32, layout),)
-    steps = (length + (rows - 1)) // rows
-    each = (steps + chunks - 1) // chunks
-    for i in range(chunk * each, gl.minimum(steps, (chunk + 1) * each)):
-        place = Place(b, start, length, i * rows, i)
-        row, there = place.rows(rows, gl.SliceLayout(1, layout))
-        x = side.rows(place, head, rows, layout)
-        if c.rotary_dim > 0:
-            pieces = _load_rows(x, there, rotary, row, c)
-        else:
-            keep = _kept(there, column, 0, c.head_dim)
-            pieces = (gl.load(x + column[None, :], mask=keep, other=0.0),)
-        sums = ()
-        for j in gl.static_range(len(pieces)):
-            # rows of a thread at once: fewer sums to keep
-            y = pieces[j].to(gl.float32).reshape([rows // c.sum_together, c.sum_together, width])
-            sums = sums + (total[j] + gl.convert_layout(gl.sum(y, 0), layout, assert_trivial=True),)
-        total = sums
-    to = partial + ((b * kv_heads + head).to(gl.int64) * chunks + chunk) * c.head_dim + column
-    for j in gl.static_range(len(total)):
-        gl.store(to + j * width, gl.sum(total[j], 0), mask=column < c.head_dim - j * width)
-
-
-@gluon.jit(
-    do_not_specialize=["kv_heads", "seqlen_k", "chunks"],
-    do_not_specialize_on_alignment=["cu_seqlens_k", "seqused_k"],
-)
-def finish_means(partial, signs, k_mean, means, cu_seqlens_k, seqused_k, kv_heads, seqlen_k, chunks,
-                 config: gl.constexpr):  # fmt: skip
-    """The mean of each channel of a KV head of a sequence, as it is and as `_rotated`. One warp for each.
-
-    A float32 number is the sum of three in bf16, and what is linear may be applied to each.
-    """
-    c: gl.constexpr = config.static
-    gdc_launch_dependents()
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    pid = gl.program_id(0)
-    length = seqlen_k
-    if c.packed:
-        _, length = length_of(cu_seqlens_k, seqused_k, pid // kv_heads, seqlen_k, c.has_seqused_k)
-    signs = _signs(signs, c)
-    row = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
-    chunk = gl.arange(0, CHUNKS_AT_ONCE, gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
-    mean = ()
-    for _ in gl.static_range(c.pieces):
-        mean = mean + (gl.zeros([PIECE], gl.float32, gl.SliceLayout(0, layout)),)
-    gdc_wait()
-    for first in range(0, chunks, CHUNKS_AT_ONCE):
-        sums = ()
-        for j in gl.static_range(c.pieces):
-            at = (pid.to(gl.int64) * chunks + first + chunk) * c.head_dim + (j * 32 + column)[None, :]
-            there = (first + chunk < chunks) & (column < c.head_dim - j * 32)[None, :]
-            sums = sums + (mean[j] + gl.sum(gl.load(partial + at, mask=there, other=0.0), 0),)
-        mean = sums
-    share = gl.div_rn(1.0, gl.maximum(length, 1).to(gl.float32))
-    means_of = ()
-    for j in gl.static_range(c.pieces):
-        means_of = means_of + (mean[j] * share,)
-    mean = means_of
-    pieces = ()
-    for j in gl.static_range(c.pieces):
-        gl.store(k_mean + pid * c.head_dim + j * 32 + column, mean[j], mask=column < c.head_dim - j * 32)
-        high = mean[j].to(gl.bfloat16)
-        rest = mean[j] - high.to(gl.float32)
-        middle = rest.to(gl.bfloat16)
-        low = (rest - middle.to(gl.float32)).to(gl.bfloat16)
-        part = gl.where(row == 0, high[None, :], gl.where(row == 1, middle[None, :], low[None, :]))
-        pieces = pieces + (gl.where(row < 3, part, 0.0),)
-    if c.rotate:
-        mixed = rotate_pieces(pieces, signs, mma, c.group)
-        for j in gl.static_range(c.pieces):
-            at = means + pid * c.head_dim + j * 32 + column
-            gl.store(at, gl.sum(mixed[j], 0))
+            _value_rows(side, place, pid - tile * kv_heads, tables[2], c)
 
 
 # V that is e4m3 already
@@ -490,7 +327,7 @@ def transpose_keys(v, v_t, cu_seqlens_k, seqused_k, batch, kv_heads, seqlen_k, v
         x += ((row - place.m) * (v_row * 4))[:, None] + column[None, :]
         pieces = ()
         for j in gl.static_range(c.v_pieces):
-            keep = _kept(there, column, j * width, c.head_dim_v // 4)
+            keep = kept(there, column, j * width, c.head_dim_v // 4)
             pieces = pieces + (gl.load(x + j * width, mask=keep, other=0),)
         tiles = tiles_of(seqlen_k, batch, 1, c.packed)
         words, each = _words(v_t, place, head, kv_heads, tiles, seqlen_k, c)

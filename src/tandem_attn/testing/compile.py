@@ -66,7 +66,7 @@ def descriptor_type(element: str, box: list[int], layout) -> str:
     return f"tensordesc<{element}[{', '.join(map(str, box))}],{layout!r}>"
 
 
-def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str]:
+def forward_signature(config: ForwardConfig, seqused: str = "", adds_mean: bool = False) -> dict[str, str]:
     """Types of the kernel's arguments, as Triton spells them. `seqused`: which used lengths, of "qk"."""
     boxes = forward_boxes(config)
     packed = config.Sequences.packed.value
@@ -74,7 +74,8 @@ def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str
     for name in LENGTHS:  # pointers, or None where there are none
         given = packed and (name.startswith("cu_") or name[-1] in seqused)
         pointers[name] = "*i32" if given else "constexpr"
-    pointers["descales"] = ("*fp32",) * 4 if config.fp8 else "constexpr"
+    descales = ("*fp32",) * 4 + ("*fp32" if adds_mean else "constexpr",)
+    pointers["descales"] = descales if config.fp8 else "constexpr"
     pointers["aside"] = "*fp32" if config.promote > 0 else "constexpr"
     pointers["counter"] = "*i32" if config.Schedule.dynamic.value else "constexpr"
     signature = {}
@@ -92,19 +93,21 @@ def forward_signature(config: ForwardConfig, seqused: str = "") -> dict[str, str
     return signature
 
 
-def forward_source(config: ForwardConfig, seqused: str = "") -> GluonASTSource:
+def forward_source(config: ForwardConfig, seqused: str = "", adds_mean: bool = False) -> GluonASTSource:
     """The kernel of one configuration, not yet compiled."""
-    signature = forward_signature(config, seqused)
+    signature = forward_signature(config, seqused, adds_mean)
     names = list(signature)
     constants = {(names.index(n),): None for n in names if signature[n] == "constexpr"}
     constants[(names.index("config"),)] = config
+    if config.fp8 and not adds_mean:
+        constants[(names.index("descales"), 4)] = None
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
     return GluonASTSource(attention_forward, signature, constants, aligned)
 
 
-def report(config: ForwardConfig, seqused: str = "") -> Report:
+def report(config: ForwardConfig, seqused: str = "", adds_mean: bool = False) -> Report:
     """Compile the kernel of one configuration and look at it."""
-    fields, _ = compiled(forward_source(config, seqused), maxnreg=config.maxnreg)
+    fields, _ = compiled(forward_source(config, seqused, adds_mean), maxnreg=config.maxnreg)
     return Report(**fields)
 
 
@@ -184,7 +187,7 @@ def _report_by_name(name: str) -> tuple[str, dict]:
     """In a worker: (name, report or error as plain data)."""
     variant = next(v for v in variants() if v.name == name)
     try:
-        return name, vars(report(variant.config, variant.seqused))
+        return name, vars(report(variant.config, variant.seqused, variant.adds_mean))
     except Exception as error:
         return name, {"error": explained(error)}
 

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -26,6 +27,7 @@ from tandem_attn.kernels import launch_decode
 from tandem_attn.kernels.combine import combine_partials
 from tandem_attn.kernels.config_decode import DecodeConfig
 from tandem_attn.kernels.launch_decode import box_of
+from tandem_attn.spec import E4M3
 from tandem_attn.spec_decode import New
 from tandem_attn.testing.compile import always_compile, command_line, descriptor_type, disassembled, explained
 from tandem_attn.testing.sass import tight_loops
@@ -97,15 +99,20 @@ def arguments(variant: DecodeVariant) -> Typed:
     """What a launch of this kernel passes."""
     config, plan = variant.config, plan_of(variant.spec)
     names = "numbers", "m_blocks_magic", "table_stride", "strides", "scales"
-    values = dict(zip(names, plan._numbers(NO_NEW_KEYS), strict=True), pointers=given_pointers(config))
+    pointers = given_pointers(config)
+    if config.scaled:
+        pointers += ("*fp32" if variant.spec.q_descale_stride else None, "*fp32", "*fp32")
+    values = dict(zip(names, plan._numbers(NO_NEW_KEYS), strict=True), pointers=pointers)
+    types = dict.fromkeys(("k", "v"), _pointer(variant.spec.cache_dtype))
+    types |= dict(q_ptr=_pointer(variant.spec.q_dtype), out_ptr=_pointer(variant.spec.dtype), **POINTERS)
     widths = {"k": config.k_width, "v": config.v_width}
     typed = Typed()
     for name in kernel_of(variant).arg_names:
         if name in widths and not config.Tiles.clears.value:
             box, layout = box_of(config, widths[name])
-            typed.add(name, descriptor_type(config.element, box, layout))
-        elif name in ("k", "v", "q_ptr", "out_ptr") or name in POINTERS:
-            typed.add(name, POINTERS.get(name, f"*{config.element}"), aligned=True)
+            typed.add(name, descriptor_type("i16" if config.scaled else config.element, box, layout))
+        elif name in types:
+            typed.add(name, types[name], aligned=True)
         elif name == "seqlen":  # do_not_specialize
             typed.add(name, "i32")
         elif name == "config":
@@ -113,6 +120,11 @@ def arguments(variant: DecodeVariant) -> Typed:
         else:
             typed.add_value(name, values[name])
     return typed
+
+
+def _pointer(dtype: torch.dtype) -> str:
+    """What Triton calls a pointer to such elements."""
+    return {torch.bfloat16: "*bf16", torch.float16: "*fp16", E4M3: "*fp8e4nv"}[dtype]
 
 
 def given_pointers(config: DecodeConfig) -> tuple[str | None, ...]:
@@ -165,8 +177,9 @@ def products(config: DecodeConfig) -> tuple[int, int]:
     steps = config.head_dim // 16
     if config.one_block:
         keys = config.tile_n // config.num_warps
-        return steps * (keys // 8) + keys // 16 * (config.head_dim_v // 8), 0
-    of_tile = steps + config.tile_n // 16 * config.v_chunks
+        blocks = config.tile_m // 16
+        return blocks * (steps * (keys // 8) + keys // 16 * (config.head_dim_v // 8)), 0
+    of_tile = steps + config.tile_n // 16 * config.o_chunks
     if config.RowKind is GroupRows:  # the loop multiplies S of a tile and O of another; both stand alone once
         return 0, 2 * config.num_groups * of_tile
     return 0, of_tile

@@ -55,6 +55,13 @@ QUESTIONS: dict[str, dict] = {
     "80_plain": dict(head_dim=80, rotate=False, smooth_k=False),
     "64_plain": dict(head_dim=64, rotate=False, smooth_k=False),
     "128_plain": dict(rotate=False, smooth_k=False),
+    "64_means": dict(head_dim=64, smooth_v=True),
+    "128_means": dict(smooth_v=True),
+    "192_means": dict(head_dim=192, smooth_v=True),
+    "256_means": dict(head_dim=256, smooth_v=True),
+    "128_means_fp16_packed": dict(dtype=FP16, packed=True, smooth_v=True),
+    "128_means_head": dict(granularity="head", smooth_v=True),
+    "64x256_smooth_v": dict(head_dim=64, head_dim_v=256, rotate=False, smooth_k=False, smooth_v=True),
     "64_rotated": dict(head_dim=64, smooth_k=False),
     "96_rotated_fp16": dict(head_dim=96, smooth_k=False, dtype=FP16),
     "128_rotated": dict(smooth_k=False),
@@ -136,8 +143,8 @@ def _recorded(plan, *tensors) -> list[Launch]:
 
 def quantize_launches(
     head_dim: int = 128, head_dim_v: int = 0, dtype=torch.bfloat16, packed: bool = False, used: bool = False,
-    rotate: bool = True, smooth_k: bool = True, granularity: str = "block", rotary_dim: int = 0,
-    interleaved: bool = False, rows: int = 9999,
+    rotate: bool = True, smooth_k: bool = True, smooth_v: bool = False, granularity: str = "block",
+    rotary_dim: int = 0, interleaved: bool = False, rows: int = 9999,
 ) -> list[Launch]:  # fmt: skip
     """What it takes to make FP8 of such tensors."""
     shape = (rows,) if packed else (3, rows)
@@ -151,7 +158,7 @@ def quantize_launches(
     if rotary_dim:
         cos, sin = (_meta(rows, rotary_dim // 2, dtype=torch.float32) for _ in range(2))
         rotary = RotaryTables(cos, sin, interleaved)
-    recipe = Fp8Recipe(rotate=rotate, smooth_k=smooth_k, granularity=granularity)
+    recipe = Fp8Recipe(rotate=rotate, smooth_k=smooth_k, granularity=granularity, smooth_v=smooth_v)
     spec = quantize_spec(q, k, v, lengths, recipe, rotary)
     signs = _meta(head_dim, dtype=torch.float32) if rotate else None
     return _recorded(launch_quantize.quantize(spec), q, k, v, signs, cos, sin, *(vectors if packed else ()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import types
 
 import numpy as np
 
@@ -100,16 +101,16 @@ class Descriptor:
     """A TMA descriptor over flat storage: any geometry, zeros outside, an error beyond the storage."""
 
     def __init__(self, storage: np.ndarray, shape, strides, box):
-        self.storage, self.dims, self.strides = storage, shape, strides
-        self.block_type = self
-        self.shape = list(box)
+        self.storage, self.shape, self.strides = storage, shape, strides
+        self.block_type = types.SimpleNamespace(shape=list(box), nbytes=2 * math.prod(box))
         self.dtype = "float"
-        self.nbytes = 2 * math.prod(box)
 
     def places(self, coords) -> tuple[np.ndarray, np.ndarray]:
         """(addresses, inside) of every element of the box at `coords`; addresses wrap at 2**64 bytes."""
         address, inside = np.zeros((), np.uint64), np.ones((), bool)
-        for coord, dim, stride, size in zip(coords, self.dims, self.strides, self.shape, strict=True):
+        for coord, dim, stride, size in zip(
+            coords, self.shape, self.strides, self.block_type.shape, strict=True
+        ):
             along = np.arange(coord, coord + size, dtype=np.int64)
             address = address[..., None] + along.astype(np.uint64) * np.uint64(2 * stride % 2**64)
             inside = inside[..., None] & (along >= 0) & (along < dim)
@@ -199,7 +200,7 @@ def _tma_load(desc: Descriptor, coords, bar: Memory, destination: Memory, pred=T
     def land():
         cell.data = desc.read(coords).reshape(cell.data.shape)
         join(barrier.gathering, clock)
-        barrier.bytes -= desc.nbytes
+        barrier.bytes -= desc.block_type.nbytes
         assert barrier.bytes >= 0, "more bytes than announced"
         barrier.complete()
 
@@ -222,7 +223,7 @@ def _tma_store(desc: Descriptor, coords, source: Memory) -> None:
         first["done"] = True
         first["write"]()
 
-    store["write"] = lambda: desc.write(coords, cell.data.reshape(desc.shape))
+    store["write"] = lambda: desc.write(coords, cell.data.reshape(desc.block_type.shape))
     me.stores.append(store)
     Machine.current.under_way.append(finish)
     yield

@@ -72,7 +72,7 @@ class Accumulator(Descriptor):
     def start(self, me: Partition, coords, adds: bool) -> None:
         """Raise unless a write is the first of its chunk, and an add is known to come after what must be
         complete before it: the write, or where keys go in order all others."""
-        chunk, rest = divmod(coords[0], self.shape[0])
+        chunk, rest = divmod(coords[0], self.block_type.shape[0])
         if rest or coords[1] or not 0 <= chunk < self.storage.size // CHUNK**2:
             raise IndexError(f"{coords} is no chunk of the accumulator")
         before = self.contributions[chunk]
@@ -217,7 +217,7 @@ def _start_store(desc: Descriptor, coords, source: Memory, adds: bool):
     store = {"done": False, "landed": False}
 
     def read():
-        data = source.view(cell.data).copy().reshape(desc.shape)
+        data = source.view(cell.data).copy().reshape(desc.block_type.shape)
         store["done"] = True
         Machine.current.under_way.append(lambda: land(data))
 

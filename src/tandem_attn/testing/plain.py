@@ -74,9 +74,13 @@ class Array(np.ndarray):
     def type(self):
         return types.SimpleNamespace(layout=Layout())
 
-    def to(self, dtype):
-        """Itself: the stand-in keeps the precision that numpy has."""
-        return self
+    def to(self, dtype, bitcast=False):
+        """Itself: the stand-in keeps the precision that numpy has. Or the bits of fp32 as int32, and back."""
+        if not bitcast:
+            return self
+        if dtype == "int32":
+            return array(np.asarray(self, np.float32).view(np.int32).astype(np.int64))
+        return array(np.asarray(self, np.int32).view(np.float32))
 
     def permute(self, axes) -> Array:
         """Dimensions in another order."""

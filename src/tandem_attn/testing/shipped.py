@@ -72,10 +72,12 @@ def question(
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One kernel: a configuration, and which used lengths it takes ("", "q", "k" or "qk")."""
+    """One kernel: a configuration, which used lengths it takes ("", "q", "k" or "qk"), whether it adds V's
+    mean."""
 
     config: ForwardConfig
     seqused: str = ""
+    adds_mean: bool = False
 
     @property
     def name(self) -> str:
@@ -83,6 +85,7 @@ class Variant:
         c = self.config
         parts = [c.element, f"{c.head_dim}x{c.head_dim_v}", c.Mask.__name__, c.Sequences.__name__]
         parts += [f"seqused_{self.seqused}"] if self.seqused else []
+        parts += ["adds_mean"] if self.adds_mean else []
         said = {"element", "head_dim", "head_dim_v", "Mask", "Sequences", "Schedule"}
         return "-".join(parts + unusual_fields(c, said))
 
@@ -117,9 +120,8 @@ def fp8_configs(
     """As `configs`, with e4m3 operands. Lengths past PROMOTE_FROM add a loop around that of whole blocks."""
     found: dict[ForwardConfig, None] = {}
     dims = [*((d, d) for d in HEAD_DIMS), (192, 128), (128, 64)]
-    for window, varlen, length in itertools.product(
-        WINDOWS.values(), (False, True), (*LENGTHS, PROMOTE_FROM + 128)
-    ):
+    lengths = (*LENGTHS, PROMOTE_FROM + 128)
+    for window, varlen, length in itertools.product(WINDOWS.values(), (False, True), lengths):
         for of_q, of_v in dims:
             spec = question(of_q, of_v, length, window=window, varlen=varlen, dtype=dtype, softcap=softcap)
             found[fp8_config(spec, copies_operands)] = None
@@ -131,7 +133,7 @@ def variants() -> list[Variant]:
 
     fp16 changes two instructions (the rounding of P, the type of wgmma), softcap what happens to scores
     before any mask: one mask of every head shape, and another of 128. Used lengths change two loads of
-    VarlenTiles: once each.
+    VarlenTiles: once each. V's mean changes the end of a tile: every e4m3 kernel either packed or not.
     """
     shipped = [Variant(c) for c in configs()]
     for c in configs(torch.float16) + configs(softcap=30.0):
@@ -144,6 +146,9 @@ def variants() -> list[Variant]:
         if c.head_dim == c.head_dim_v == 128 and c.Sequences is Varlen:
             shipped.append(Variant(c, used[c.Mask]))
     shipped += [Variant(c) for c in fp8_configs()]
+    for c in fp8_configs():
+        if c.Sequences is (Varlen if c.Mask in (FullMask, WindowMask) else Dense):
+            shipped.append(Variant(c, adds_mean=True))
     for c in fp8_configs(torch.float16) + fp8_configs(softcap=30.0):
         if c.head_dim == 128 and (c.Mask, c.Sequences, c.promote) == (CausalMask, Dense, 0):
             shipped.append(Variant(c))
@@ -162,4 +167,6 @@ def distinct_variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
         if c.head_dim == c.head_dim_v and c.Sequences is Dense and (not c.promote or c.head_dim == 128):
             shape = ("fp8", c.head_dim, c.serial, c.promote > 0, c.q_in_registers)
             kept[shape, c.Mask] = Variant(c)
+            if c.head_dim in (64, 128, 256):
+                kept["adds_mean", c.head_dim, c.Mask] = Variant(c, adds_mean=True)
     return list(kept.values())

@@ -15,8 +15,8 @@ import torch
 from tandem_attn import arch
 from tandem_attn.kernels.config_decode import DecodeConfig
 from tandem_attn.kernels.launch_decode import DecodePlan
-from tandem_attn.spec import Window
-from tandem_attn.spec_decode import DecodeSpec
+from tandem_attn.spec import E4M3, Window
+from tandem_attn.spec_decode import SCALE_BLOCK, DecodeSpec
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 CAUSAL = Window(-1, 0)
@@ -65,12 +65,41 @@ QUESTIONS: dict[str, dict] = {
     "128_rows_page_32": dict(tokens=32, window=CAUSAL, page_size=32),
     "128_rows_page_1": dict(tokens=32, window=CAUSAL, page_size=1),
     "blocks_of_rows": dict(tokens=300, window=CAUSAL, packed_q=True, batch=1, page_size=64),
+    "fp8": dict(cache_dtype=E4M3),
+    "fp8_16_rows": dict(cache_dtype=E4M3, num_heads=16, num_kv_heads=1, batch=1),
+    "fp8_of_sequences": dict(cache_dtype=E4M3, q_dtype=E4M3, by_block=False, dtype=FP16),
+    "fp8_64": dict(cache_dtype=E4M3, head_dim=64, tokens=3, window=CAUSAL),
+    "fp8_80x48": dict(cache_dtype=E4M3, head_dim=80, head_dim_v=48, window=Window(1000, 0)),
+    "fp8_256": dict(cache_dtype=E4M3, head_dim=256),
+    "fp8_256_masks": dict(
+        cache_dtype=E4M3, head_dim=256, num_heads=16, num_kv_heads=1, window=Window(1000, 0), softcap=30.0
+    ),
+    "fp8_192x128": dict(cache_dtype=E4M3, head_dim=192, head_dim_v=128, num_heads=8),
+    "fp8_page_16_of_64": dict(cache_dtype=E4M3, page_size=32, head_dim=64),
+    "fp8_page_32": dict(cache_dtype=E4M3, page_size=32, has_leftpad=True),
+    "fp8_page_64_of_256": dict(cache_dtype=E4M3, page_size=64, head_dim=256),
+    "fp8_page_1": dict(cache_dtype=E4M3, page_size=1, q_dtype=E4M3),
+    "fp8_page_1_of_256": dict(cache_dtype=E4M3, page_size=1, head_dim=256, by_block=False),
+    "fp8_masks": dict(
+        cache_dtype=E4M3, window=Window(1000, 0), softcap=30.0, has_leftpad=True, has_batch_idx=True
+    ),
+    "fp8_32_rows": dict(cache_dtype=E4M3, tokens=8, window=CAUSAL),
+    "fp8_32_rows_of_64": dict(cache_dtype=E4M3, tokens=8, head_dim=64, page_size=16, softcap=30.0),
+    "fp8_64_split_size": dict(cache_dtype=E4M3, head_dim=64, split_size=1152),
+    "fp8_64_rows": dict(cache_dtype=E4M3, tokens=16, window=CAUSAL),
+    "fp8_64_rows_of_64": dict(cache_dtype=E4M3, tokens=12, window=CAUSAL, head_dim=64, page_size=32),
+    "fp8_64_rows_of_256": dict(cache_dtype=E4M3, tokens=16, window=CAUSAL, head_dim=256),
+    "fp8_64_rows_page_1": dict(cache_dtype=E4M3, tokens=10, page_size=1, softcap=30.0),
+    "fp8_128_rows": dict(cache_dtype=E4M3, tokens=32, window=CAUSAL, has_leftpad=True),
+    "fp8_128_rows_of_256": dict(cache_dtype=E4M3, tokens=32, window=CAUSAL, head_dim=256),
+    "fp8_128_rows_page_16": dict(cache_dtype=E4M3, tokens=32, page_size=16, q_dtype=E4M3),
 }
 
 # For a quicker look: each kind of tile, copy and arithmetic.
 FEW = (
     "usual", "64", "256", "192x128", "page_16", "page_1", "masks", "packed", "split_size", "64_rows",
     "64_rows_page_16", "128_rows", "128_rows_of_256", "128_rows_page_1",
+    "fp8", "fp8_page_32", "fp8_page_1", "fp8_256", "fp8_64_rows", "fp8_128_rows_page_16",
 )  # fmt: skip
 
 
@@ -83,9 +112,11 @@ def decode_question(
     head_dim_v: int | None = None,
     page_size: int = 0,
     window: Window | None = None,
+    by_block: bool = True,
     **rest,
 ) -> DecodeSpec:
-    """A spec of contiguous tensors on a GPU that need not exist. `rest`: other fields of it."""
+    """A spec of contiguous tensors on a GPU that need not exist. `by_block`: whether an e4m3
+    cache has factors beside it, else of sequences; `rest`: other fields of the spec."""
     num_kv_heads = num_kv_heads or min(8, num_heads)
     head_dim_v = head_dim_v or head_dim
     rows = page_size or 8192  # keys of a page or sequence
@@ -112,15 +143,28 @@ def decode_question(
         num_splits=0,
         split_size=None,
         sm_margin=0,
+        descale_block=0,
+        q_descale_stride=(),
+        k_descale_stride=(),
+        v_descale_stride=(),
         q_stride=q_stride[1:] if rest.get("packed_q") else q_stride,
         k_stride=stride(rows, num_kv_heads, head_dim),
         v_stride=stride(rows, num_kv_heads, head_dim_v),
         aligned=True,
     )
+    if rest.get("cache_dtype") == E4M3:
+        blocks = -(-rows // SCALE_BLOCK)
+        strides = (blocks * num_kv_heads, num_kv_heads, 1) if by_block else (num_kv_heads, 0, 1)
+        fields |= dict(k_descale_stride=strides, v_descale_stride=strides)
+        fields |= dict(descale_block=SCALE_BLOCK if by_block else 0)
+    if rest.get("q_dtype") == E4M3:
+        fields |= dict(q_descale_stride=(num_kv_heads, 1))
     fields |= dict(batch=batch, seqlen_q=tokens, num_heads=num_heads, num_kv_heads=num_kv_heads)
     fields |= dict(head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size)
     fields |= dict(table_width=table_width, table_stride=table_width)
-    return DecodeSpec(window=(window or Window()).reduced(tokens, capacity), **{**fields, **rest})
+    fields |= rest
+    kinds = dict(q_dtype=fields["dtype"], cache_dtype=fields["dtype"])
+    return DecodeSpec(window=(window or Window()).reduced(tokens, capacity), **{**kinds, **fields})
 
 
 def plan_of(spec: DecodeSpec) -> DecodePlan:
