@@ -24,10 +24,12 @@ from tandem_attn.testing.shipped import Variant, distinct_variants, variants
 MAX_SPILL = 256
 MAX_SPILL_WITH_COPIES = 448  # device/gluon.py: copies_operands
 MAX_SPILL_FP8 = 704
-MAX_SPILL_PROMOTED = 3200  # where O is put aside, once in 64 blocks
-MAX_SPILL_FP8_WITH_COPIES = 1024  # head_dim 256, where V's mean is added; 0 at others
-# Of the 400 to 670 instructions of an e4m3 loop: one ptxas lacks 1 to 3 registers, the others do not.
+MAX_SPILL_PROMOTED = 3400  # where O is put aside, once in 64 blocks
+MAX_SPILL_MEAN_WITH_COPIES = 1280  # head_dim 256, where V's mean is added; 0 at others
+# Of the 400 to 670 instructions of an e4m3 loop: one ptxas lacks 1 to 3 registers, the others do not; all do
+# where V's mean is added at the end.
 MAX_LOOP_SPILL_FP8 = {"3.8.0": 4}
+MAX_LOOP_SPILL_MEAN = 4
 
 
 @functools.cache
@@ -54,19 +56,22 @@ def products_per_block(config: ForwardConfig) -> int:
     return config.head_dim // step + config.tile_n // step * (config.v_chunks + config.sum_by_wgmma)
 
 
-def spills_allowed(config: ForwardConfig, version: str) -> int:
+def spills_allowed(variant: Variant, version: str) -> int:
     """Outside of tight loops: 128 registers of O beside 64 of S leave e4m3 no room where tiles meet."""
-    if config.fp8:
-        most = MAX_SPILL_FP8_WITH_COPIES if copies_operands(version) else MAX_SPILL_FP8
-        return MAX_SPILL_PROMOTED if config.promote else most
+    if variant.config.promote:
+        return MAX_SPILL_PROMOTED
+    if variant.config.fp8:
+        mean_and_copies = variant.adds_mean and copies_operands(version)
+        return MAX_SPILL_MEAN_WITH_COPIES if mean_and_copies else MAX_SPILL_FP8
     return MAX_SPILL_WITH_COPIES if copies_operands(version) else MAX_SPILL
 
 
 @pytest.mark.parametrize("version, name", CASES)
 def test_compiles_within_the_limits(reports, version, name):
-    made, config = reports(version, name), variants_for(version)[name].config
+    made, variant = reports(version, name), variants_for(version)[name]
+    config = variant.config
     assert not made.warnings
-    assert made.spill_bytes <= spills_allowed(config, version)
+    assert made.spill_bytes <= spills_allowed(variant, version)
     assert config.shared_memory < made.shared_memory <= SHARED_MEMORY
     assert made.registers <= config.maxnreg
     for limit, used in made.register_use.items():
@@ -79,14 +84,17 @@ def test_compiles_within_the_limits(reports, version, name):
 @pytest.mark.parametrize("version, name", CASES)
 def test_loops_hold_what_they_should(reports, version, name):
     """One loop per consumer and kind of block; nothing in them that would slow every block down."""
-    made, config = reports(version, name), variants_for(version)[name].config
+    made, variant = reports(version, name), variants_for(version)[name]
+    config, allowed = variant.config, 0
+    if config.fp8:
+        allowed = max(MAX_LOOP_SPILL_FP8.get(version, 0), MAX_LOOP_SPILL_MEAN * variant.adds_mean)
     kinds = 1 + config.Mask.masks.value + config.Mask.has_left_edge.value  # whole, right edge, left edge
     assert len(made.tight_loops) == kinds * config.num_consumers
     for loop in made.tight_loops:
         assert loop["QGMMA" if config.fp8 else "HGMMA"] == products_per_block(config)
         assert loop["PRMT"] == 0, "P is repacked on every turn"
         assert loop["MUFU.EX2"] >= config.tile_n // 2  # one per score: 64 x tile_n by 128 threads
-        assert loop["spill"] <= (MAX_LOOP_SPILL_FP8.get(version, 0) if config.fp8 else 0)
+        assert loop["spill"] <= allowed
 
 
 def test_continuous_integration_has_every_triton():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from compile_matrix import INSTALLED, SUPPORTED, Compiled, cases
 
+from tandem_attn.device.cache_numbers import E4m3Numbers
 from tandem_attn.device.decode_groups import GroupRows
 from tandem_attn.device.decode_rows import WarpKeys, WarpRows
 from tandem_attn.device.kv_tiles import GatheredTiles, LoadedTiles
@@ -147,6 +148,7 @@ OTHER_VALUES = {
     "tile_n": 128,
     "heads": (4, 8),
     "dims": (120, 128),
+    "Numbers": (E4m3Numbers, dict(element="fp16")),
 }
 
 

@@ -128,12 +128,21 @@ def fp8_configs(
     return list(found)
 
 
+def _mean_variants(made: list[ForwardConfig]) -> list[Variant]:
+    """Kernels that add V's mean: packed where the mask is full or a window, else not."""
+    return [
+        Variant(c, adds_mean=True)
+        for c in made
+        if c.Sequences is (Varlen if c.Mask in (FullMask, WindowMask) else Dense)
+    ]
+
+
 def variants() -> list[Variant]:
     """What the tests compile: everything in bf16; fp16, softcap and used lengths where they could differ.
 
     fp16 changes two instructions (the rounding of P, the type of wgmma), softcap what happens to scores
     before any mask: one mask of every head shape, and another of 128. Used lengths change two loads of
-    VarlenTiles: once each. V's mean changes the end of a tile: every e4m3 kernel either packed or not.
+    VarlenTiles: once each. V's mean changes the end of a tile.
     """
     shipped = [Variant(c) for c in configs()]
     for c in configs(torch.float16) + configs(softcap=30.0):
@@ -146,9 +155,7 @@ def variants() -> list[Variant]:
         if c.head_dim == c.head_dim_v == 128 and c.Sequences is Varlen:
             shipped.append(Variant(c, used[c.Mask]))
     shipped += [Variant(c) for c in fp8_configs()]
-    for c in fp8_configs():
-        if c.Sequences is (Varlen if c.Mask in (FullMask, WindowMask) else Dense):
-            shipped.append(Variant(c, adds_mean=True))
+    shipped += _mean_variants(fp8_configs())
     for c in fp8_configs(torch.float16) + fp8_configs(softcap=30.0):
         if c.head_dim == 128 and (c.Mask, c.Sequences, c.promote) == (CausalMask, Dense, 0):
             shipped.append(Variant(c))
@@ -167,6 +174,8 @@ def distinct_variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
         if c.head_dim == c.head_dim_v and c.Sequences is Dense and (not c.promote or c.head_dim == 128):
             shape = ("fp8", c.head_dim, c.serial, c.promote > 0, c.q_in_registers)
             kept[shape, c.Mask] = Variant(c)
-            if c.head_dim in (64, 128, 256):
-                kept["adds_mean", c.head_dim, c.Mask] = Variant(c, adds_mean=True)
+    for v in _mean_variants(fp8_configs(copies_operands=copies_operands)):
+        c = v.config
+        if c.head_dim == c.head_dim_v and c.head_dim in (64, 128, 256) and not c.promote:
+            kept["adds_mean", c.head_dim, c.Mask] = v
     return list(kept.values())
