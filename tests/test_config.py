@@ -14,6 +14,7 @@ from tandem_attn.device.mask import CausalMask, FullMask, NoMask, WindowMask
 from tandem_attn.device.schedule import DenseTiles, PlainTiles, VarlenTiles
 from tandem_attn.device.sequence import Dense, Varlen
 from tandem_attn.kernels.config import NATIVE_HEAD_DIMS, SHARED_MEMORY, ForwardConfig, forward_config
+from tandem_attn.kernels.config_fp8 import TWO_UP_TO, fp8_config
 from tandem_attn.spec import Window
 from tandem_attn.testing.compile import forward_signature, forward_source
 from tandem_attn.testing.shipped import WINDOWS, configs, fp8_configs, question, variants
@@ -142,6 +143,15 @@ def test_the_choice_depends_on_the_question_alone(monkeypatch):
     )
     assert forward_config(dataclasses.replace(spec, **elsewhere)) == first
     assert hash(forward_config(spec)) == hash(first)
+
+
+@pytest.mark.parametrize("window", ["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("seqlen", [512, TWO_UP_TO, TWO_UP_TO + 1, 4096, 2**17])
+def test_fp8_sums_are_exact_over_many_keys(seqlen, head_dim, window):
+    """wgmma alone may add up what it hardly harms (docs/kernels/fp8.md)."""
+    config = fp8_config(question(head_dim, seqlen_q=seqlen, window=WINDOWS[window]), copies_operands=False)
+    assert config.block_sums or seqlen <= TWO_UP_TO
 
 
 @pytest.mark.parametrize("variant", variants()[::7], ids=lambda v: v.name)

@@ -17,6 +17,9 @@ from tandem_attn.spec_fp8 import OUT_DTYPES
 # than PROMOTE_FROM: it costs 6% (16k, head_dim 256).
 PROMOTE_FROM, PROMOTE_BLOCKS = 16384, 64
 
+# wgmma adds up all blocks where two consumers overlap: over so many keys it loses 2% of V's mean, no more.
+TWO_UP_TO = 2048
+
 # Two consumers of 64 rows with P V beside the scores of the next block, or three of them one after the other.
 _TWO = dict(q_in_registers=True, lazy_rescale=True)
 _SERIAL = dict(serial=True, sum_by_wgmma=True, block_sums=True)
@@ -58,6 +61,9 @@ _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
 }
 
 
+_TUNED_EXACT = {(128, 128): dict(_THREE, pingpong=False)}  # in place of _TWO over more keys
+
+
 def _keys_of_a_row(spec: AttentionSpec) -> int:
     """How many keys a query may see at most."""
     left, right = spec.window.left, spec.window.right
@@ -74,6 +80,8 @@ def fp8_config(spec: AttentionSpec, copies_operands: bool = COPIES_OPERANDS) -> 
     (head_dim, head_dim_v), choice = tuned_row(_TUNED, spec, mask)
     if copies_operands:
         choice = dict(_SERIAL, block_sums=head_dim_v < 192, o_parts=choice.get("o_parts", 1))
+    if choice is _TWO and _keys_of_a_row(spec) > TWO_UP_TO:
+        choice = _TUNED_EXACT[head_dim, head_dim_v]
     if _keys_of_a_row(spec) > PROMOTE_FROM and not choice.get("serial"):
         choice = dict(choice, promote=PROMOTE_BLOCKS)
     return ForwardConfig(
