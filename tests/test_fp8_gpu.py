@@ -238,7 +238,8 @@ def test_constant_values(hopper, dims):
     tensors = by_reference(inputs)
     held = tensors.dequantized()[2][0, 0, 0]
     out = attended(tensors, inputs)[0].float()
-    torch.testing.assert_close(out, held.expand_as(out), rtol=0.01, atol=1e-6)
+    rtol = 0.01 if dims[1] < 256 else 0.02  # added up by wgmma alone, see docs/kernels/fp8.md
+    torch.testing.assert_close(out, held.expand_as(out), rtol=rtol, atol=1e-6)
 
 
 @gpu
