@@ -67,10 +67,11 @@ def measured() -> dict:
     ]
     document["summary"] = fp8_speed.summary(document["cases"])
     kinds = fp8.measures([], CPU, SETTINGS, document)
-    for name in ("quantize-nothing", "outliers-fp16", "outliers-fp8-full", "keys-512", "needle-last"):
+    names = ("quantize-nothing", "outliers-fp16", "outliers-fp8-full", "keys-512", "needle-last")
+    for name in (*names, "cache-h4/2-d64-b2-kv256"):
         record = kinds[type(case_named(f"smoke-{name}"))](case_named(f"smoke-{name}"))
-        group = {"quantize": "quantize", "recipe": "recipes", "length": "lengths", "needle": "needle"}
-        document["cases"].append(record | {"group": group[record["kind"]]})
+        group = {"recipe": "recipes", "length": "lengths"}.get(record["kind"], record["kind"])
+        document["cases"].append(record | {"group": group})
     return document | {"complete": True, "seconds": 1.0}
 
 
@@ -136,5 +137,6 @@ def test_readme_has_tables_of_results_and_nothing_without(tmp_path):
     assert "| 1.9e-04 |" in made["recipes"]
     assert "| keys | 512 |" in made["lengths"]
     assert "| needle at key | 511 |" in made["needle"]
+    assert "h4/2-d64-b2-kv256 | 0.25" in made["cache"]
     for text, group in itertools.product(("from `benchmarks/results/fp8-h200.json`", "NVIDIA H200"), made):
         assert text in made[group]
