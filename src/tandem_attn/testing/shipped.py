@@ -129,11 +129,12 @@ def fp8_configs(
 
 
 def _mean_variants(made: list[ForwardConfig]) -> list[Variant]:
-    """Kernels that add V's mean: packed where the mask is full or a window, else not."""
+    """Kernels that add V's mean: causal ones, whose loops have least room, and of 128 a packed window."""
     return [
         Variant(c, adds_mean=True)
         for c in made
-        if c.Sequences is (Varlen if c.Mask in (FullMask, WindowMask) else Dense)
+        if (c.Mask, c.Sequences) == (CausalMask, Dense)
+        or (c.Mask, c.Sequences, c.head_dim) == (WindowMask, Varlen, 128)
     ]
 
 
@@ -176,6 +177,6 @@ def distinct_variants(copies_operands: bool = COPIES_OPERANDS) -> list[Variant]:
             kept[shape, c.Mask] = Variant(c)
     for v in _mean_variants(fp8_configs(copies_operands=copies_operands)):
         c = v.config
-        if c.head_dim == c.head_dim_v and c.head_dim in (64, 128, 256) and not c.promote:
-            kept["adds_mean", c.head_dim, c.Mask] = v
+        if c.head_dim == c.head_dim_v and c.head_dim in (128, 256) and c.Mask is CausalMask and not c.promote:
+            kept["adds_mean", c.head_dim] = v
     return list(kept.values())
