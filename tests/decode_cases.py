@@ -403,3 +403,35 @@ def winning(case: DecodeCase, inputs: DecodeInputs, seed: int) -> list:
         inputs.tensors["q"][of_q] = q.to(device, case.dtype)
         expected.append((out.to(device), lse.to(device)))
     return expected
+
+
+def assert_neither_waits_nor_allocates(inputs: DecodeInputs, out: torch.Tensor) -> None:
+    """Calls with memory for everything, behind one that compiled and remembered what there is to."""
+    call = inputs.tensors | inputs.options
+    call |= dict(out=out, workspace=tandem_attn.decode_workspace(**call))
+    tandem_attn.flash_attn_with_kvcache(**call)
+    torch.cuda.synchronize()
+    counted = ("allocation.all.allocated", "segment.all.allocated")
+    before = [torch.cuda.memory_stats()[x] for x in counted]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            tandem_attn.flash_attn_with_kvcache(**call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert before == [torch.cuda.memory_stats()[x] for x in counted]
+
+
+def assert_fakes_match(inputs: DecodeInputs) -> None:
+    """What fake tensors give has the shapes, strides and types of the real thing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = run_decode(inputs)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs.tensors = {
+            n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in inputs.tensors.items()
+        }
+        fake = run_decode(inputs)
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        assert a.is_contiguous() and type(b).__name__ == "FakeTensor"

@@ -17,6 +17,7 @@ from decode_cases import (
     INVARIANT,
     REPEATS,
     answer,
+    assert_neither_waits_nor_allocates,
     assert_same_bits,
     cached,
     compile_once,
@@ -267,19 +268,7 @@ def test_two_streams_at_once(gpu, case):
 @pytest.mark.parametrize("case", REPEATS, ids=name)
 def test_a_call_neither_waits_nor_allocates(gpu, case):
     inputs = make_decode(case, gpu, seed=1)
-    call = inputs.tensors | inputs.options
-    call |= dict(out=torch.empty_like(call["q"]), workspace=decode_workspace(**call))
-    flash_attn_with_kvcache(**call)
-    torch.cuda.synchronize()
-    counted = ("allocation.all.allocated", "segment.all.allocated")
-    before = [torch.cuda.memory_stats()[x] for x in counted]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            flash_attn_with_kvcache(**call)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert before == [torch.cuda.memory_stats()[x] for x in counted]
+    assert_neither_waits_nor_allocates(inputs, torch.empty_like(inputs.tensors["q"]))
 
 
 @pytest.mark.parametrize("case", REPEATS, ids=name)

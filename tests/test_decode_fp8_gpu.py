@@ -11,6 +11,7 @@ import os
 import pytest
 import torch
 from conftest import REHEARSAL
+from decode_cases import assert_neither_waits_nor_allocates
 from decode_fp8_cases import (
     APPENDS,
     BUDGET,
@@ -309,19 +310,8 @@ def test_a_graph_is_captured_once_and_replayed(gpu, case):
 @pytest.mark.parametrize("case", GRAPHS, ids=name)
 def test_a_call_neither_waits_nor_allocates(gpu, case):
     inputs = make_fp8(case, gpu, seed=1)
-    call = inputs.tensors | inputs.options
-    call |= dict(out=torch.empty(call["q"].shape, dtype=BF16, device=gpu), workspace=decode_workspace(**call))
-    flash_attn_with_kvcache(**call)
-    torch.cuda.synchronize()
-    counted = ("allocation.all.allocated", "segment.all.allocated")
-    before = [torch.cuda.memory_stats()[x] for x in counted]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            flash_attn_with_kvcache(**call)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert before == [torch.cuda.memory_stats()[x] for x in counted]
+    out = torch.empty(inputs.tensors["q"].shape, dtype=BF16, device=gpu)
+    assert_neither_waits_nor_allocates(inputs, out)
 
 
 @pytest.mark.parametrize("case", REPEATS, ids=name)

@@ -18,10 +18,10 @@ from tandem_attn.bench import caches, decode_cases, measure, providers
 from tandem_attn.bench.caches import Caches
 from tandem_attn.bench.decode import calls_of
 from tandem_attn.bench.decode_check import DecodeOracle
+from tandem_attn.bench.fp8_speed import E4M3, LARGEST
 from tandem_attn.bench.options import Settings
 from tandem_attn.testing.decode_inputs import DecodeCase
 
-E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 BF16, BLOCKS, SEQUENCES = "bf16", "e4m3", "e4m3-queries"
 
 

@@ -84,12 +84,14 @@ class Stages:
 
     @gluon.jit
     def unpack(self, i, words, stage_of_words, keep):
-        """Producer: fill i from a stage of words, zeros where `keep` [tile_n, 1] is not set."""
+        """Producer: fill i from a stage of words, zeros where `keep` [tile_n, 1], if given, is not set."""
         width: gl.constexpr = self.width
         layout: gl.constexpr = self.config.copy_layout(width)
         stage, bar = self.refill(i)
         x = chunk_of(words, stage_of_words, 0, 1, width, self.config).load(layout)
-        even, odd = even_and_odd(gl.where(keep, x, 0))
+        if keep is not None:
+            x = gl.where(keep, x, 0)
+        even, odd = even_and_odd(x)
         self.smem.index(stage * 2).store(even)
         self.smem.index(stage * 2 + 1).store(odd)
         fence_async_shared()

@@ -63,25 +63,26 @@ def ask_for_q(q_ptr, work, kv_head, item, strides, group: gl.constexpr, config: 
 
 
 @gluon.jit
-def keep_q(asked, q_ptr, q_smem, work, kv_head, item, strides, group: gl.constexpr, config: gl.constexpr):
+def keep_q(
+    asked, q_ptr, q_smem, units, work, kv_head, item, q_descale, strides, group: gl.constexpr,
+    config: gl.constexpr,
+):  # fmt: skip
     """Put Q, of which `asked` came from ask_for_q(), where the tensor cores, or other warps, find it."""
     q = asked
     if not config.asks_early:
         q = load_q(q_ptr, work, kv_head, item, strides, group, config)
-    for c in gl.static_range(config.k_chunks):
-        q_smem.index(group * config.k_chunks + c).store(q[c])
+    if config.scaled:
+        _keep_scaled_q(q[0], q_smem, units, work, kv_head, item, q_descale, strides, group, config)
+    else:
+        for c in gl.static_range(config.k_chunks):
+            q_smem.index(group * config.k_chunks + c).store(q[c])
 
 
 @gluon.jit
-def keep_scaled_q(
-    asked, q_ptr, q_smem, units, work, kv_head, item, q_descale, strides, group: gl.constexpr,
-    config: gl.constexpr,
-):  # fmt: skip
-    """keep_q() for a cache in e4m3: even and odd columns in float16, and the factors of the rows."""
-    q = asked
-    if not config.asks_early:
-        q = load_q(q_ptr, work, kv_head, item, strides, group, config)
-    x, unit = normalised_q(q[0].to(gl.float32))
+def _keep_scaled_q(q, q_smem, units, work, kv_head, item, q_descale, strides, group: gl.constexpr,
+                   config: gl.constexpr):  # fmt: skip
+    """For a cache in e4m3: even and odd columns in float16, and the factors of the rows."""
+    x, unit = normalised_q(q.to(gl.float32))
     if config.has_q_descale:
         batch, _ = work.place(item)
         of_q = batch.to(gl.int64) * strides[9] + kv_head.to(gl.int64) * strides[10]
@@ -269,23 +270,13 @@ def decode_attention(
     at = first_segment(work, seen, unit, count)
 
     asked = ask_for_q(q_ptr, work, kv_head, at.item, strides, 0, c)
-    # the copy side, a ring ahead
-    ahead = at
-    valid = at.tile < at.stop
-    places = tiles.locate(ahead, valid)
-    for stage in range(c.num_stages - 1):
-        tiles.copy(stage, ahead, places, valid)
-        ahead, valid = advance(work, ahead, valid)
-        places = tiles.locate(ahead, valid)
+    ahead, valid, places = fill_ring(work, tiles, at, c)
     if work.some_empty(seen):
         empty_items(work, results, place, c.per_head, c)
     it = unit * 0
     going = count > 0
     while going:
-        if c.scaled:
-            keep_scaled_q(asked, q_ptr, q_smem, row_units, work, kv_head, at.item, q_descale, strides, 0, c)
-        else:
-            keep_q(asked, q_ptr, q_smem, work, kv_head, at.item, strides, 0, c)
+        keep_q(asked, q_ptr, q_smem, row_units, work, kv_head, at.item, q_descale, strides, 0, c)
         q = rows_kind.operand(q_smem)
         scale_log2, inner_scale = rows_kind.scales(row_units, scales)
         state = rows_kind.empty()
@@ -298,9 +289,7 @@ def decode_attention(
             tiles.emptied()
             thread_barrier()  # all warps are done with the stage before: refill it
             stage = (it + (c.num_stages - 1)) % c.num_stages
-            tiles.copy(stage, ahead, places, valid)
-            ahead, valid = advance(work, ahead, valid)
-            places = tiles.locate(ahead, valid)
+            ahead, valid, places = copy_ahead(work, tiles, stage, ahead, valid, places)
             n0 = tile * c.tile_n
             state = rows_kind.attend(q, tiles, it % c.num_stages, state, rows, n0, scale_log2, inner_scale)
             it += 1
@@ -315,7 +304,27 @@ def decode_attention(
 
 
 @gluon.jit
-def advance(work, at, valid):
+def fill_ring(work, tiles, at, config: gl.constexpr):
+    """Start the copies of the first tiles, all stages but one, from a cursor on. Returns the copy side: a
+    cursor a ring ahead, whether there is a tile, and where."""
+    ahead = at
+    valid = at.tile < at.stop
+    places = tiles.locate(ahead, valid)
+    for stage in range(config.num_stages - 1):
+        ahead, valid, places = copy_ahead(work, tiles, stage, ahead, valid, places)
+    return ahead, valid, places
+
+
+@gluon.jit
+def copy_ahead(work, tiles, stage, ahead, valid, places):
+    """Start to copy the tile of the copy side into a stage. Returns the copy side one tile further."""
+    tiles.copy(stage, ahead, places, valid)
+    ahead, valid = _advance(work, ahead, valid)
+    return ahead, valid, tiles.locate(ahead, valid)
+
+
+@gluon.jit
+def _advance(work, at, valid):
     """The cursor one tile further, and whether there is one."""
     tile = at.tile + gl.where(valid, 1, 0)
     more = valid & ((tile < at.stop) | (at.left > 0))

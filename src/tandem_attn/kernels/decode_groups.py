@@ -35,13 +35,13 @@ from tandem_attn.device.partials import Results
 from tandem_attn.device.turn import pass_turn
 from tandem_attn.device.work import first_segment, next_segment, part_of, parts_of
 from tandem_attn.kernels.decode import (
-    advance,
     ask_for_q,
+    copy_ahead,
     empty_items,
+    fill_ring,
     finish_segment,
     given,
     keep_q,
-    keep_scaled_q,
     make_row_units,
     make_tiles,
     make_work,
@@ -93,13 +93,7 @@ def _unpacking_producer(share, tiles, k, v, q_bar):
     at = share.at
     c: gl.constexpr = work.config
     mbarrier.wait(q_bar, 0)
-    ahead = at
-    valid = at.tile < at.stop
-    places = tiles.locate(ahead, valid)
-    for stage in range(c.num_stages - 1):
-        tiles.copy(stage, ahead, places, valid)
-        ahead, valid = advance(work, ahead, valid)
-        places = tiles.locate(ahead, valid)
+    ahead, valid, places = fill_ring(work, tiles, at, c)
     it = share.count * 0
     going = share.count > 0
     while going:
@@ -107,14 +101,12 @@ def _unpacking_producer(share, tiles, k, v, q_bar):
             tiles.wait(it)
             tiles.emptied()
             thread_barrier()
-            tiles.copy((it + (c.num_stages - 1)) % c.num_stages, ahead, places, valid)
-            ahead, valid = advance(work, ahead, valid)
-            places = tiles.locate(ahead, valid)
+            stage = (it + (c.num_stages - 1)) % c.num_stages
+            ahead, valid, places = copy_ahead(work, tiles, stage, ahead, valid, places)
             stage = it % c.num_stages
-            n = gl.arange(0, c.tile_n, gl.SliceLayout(1, c.copy_layout(c.k_width)))
             k.keep_factors(it, tiles.numbers.factors.index(stage * 2))
             v.keep_factors(it, tiles.numbers.factors.index(stage * 2 + 1))
-            k.unpack(it, tiles.k_smem, stage, (n >= 0)[:, None])
+            k.unpack(it, tiles.k_smem, stage, None)
             n = tile * c.tile_n + gl.arange(0, c.tile_n, gl.SliceLayout(1, c.copy_layout(c.v_width)))
             keep = (n < at.length) & (n >= at.pad)
             v.unpack(it, tiles.v_smem, stage, keep[:, None])
@@ -165,12 +157,7 @@ def _consumer(
     it = share.count * 0
     going = share.count > 0
     while going:
-        if c.scaled:
-            keep_scaled_q(
-                asked, q_ptr, q_smem, units, work, results.kv_head, at.item, q_descale, strides, group, c
-            )
-        else:
-            keep_q(asked, q_ptr, q_smem, work, results.kv_head, at.item, strides, group, c)
+        keep_q(asked, q_ptr, q_smem, units, work, results.kv_head, at.item, q_descale, strides, group, c)
         q = _take_q(q_smem, group, c)
         of_rows = scales_of(units, group, scales, c)
         rows = rows_of(work, at, group, c)

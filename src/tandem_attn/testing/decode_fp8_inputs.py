@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 
 import torch
 
 from tandem_attn.spec import E4M3
 from tandem_attn.spec_decode import SCALE_BLOCK
-from tandem_attn.testing.budget import assert_within_budget, attend_rows, lse_band
+from tandem_attn.testing.budget import attend_rows
 from tandem_attn.testing.decode_inputs import (
     DecodeCase,
     DecodeInputs,
     _turned,
+    assert_outputs_right,
     make_decode,
     slots_of,
 )
@@ -144,18 +146,8 @@ def assert_fp8_right(fp8: Fp8Case, inputs: DecodeInputs, out, lse, factor: float
     case = fp8.case
     assert out.shape == (*inputs.tensors["q"].shape[:-1], case.dim_v)
     assert out.dtype == (torch.bfloat16 if fp8.fp8_q else case.dtype)
-    outs, lses = [], []
-    for b, s in enumerate(inputs.sequences):
-        of_out, of_lse = (out[b], lse[b]) if s.rows is None else (out[s.rows], lse[:, s.rows])
-        outs += of_out.unbind(1)
-        lses += of_lse.unbind(0)
-    if not outs:
-        return
-    exact, low = _oracle(fp8, inputs, torch.float64), _oracle(fp8, inputs, out.dtype)
-    out, out_exact, out_low = (torch.cat(parts) for parts in (outs, exact[0], low[0]))
-    assert_within_budget(out, out_exact, out_low, f"{fp8.id} out", factor)
-    lse, lse_exact, lse_low = (torch.cat(parts) for parts in (lses, exact[1], low[1]))
-    assert_within_budget(lse, lse_exact, lse_low, f"{fp8.id} lse", factor, lse_band(lse_exact))
+    oracle = functools.partial(_oracle, fp8, inputs)
+    assert_outputs_right(fp8.id, inputs, out, lse, oracle, factor, bands=True)
 
 
 def _oracle(fp8: Fp8Case, inputs: DecodeInputs, dtype: torch.dtype):

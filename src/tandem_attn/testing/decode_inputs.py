@@ -8,6 +8,7 @@ explicit mask and rotates complex numbers; it shares no code with `tandem_attn.r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -365,6 +366,15 @@ def assert_decode_right(case: DecodeCase, inputs: DecodeInputs, out, lse, factor
     """Raise AssertionError unless out and lse of declared queries are within budget, and the cache right."""
     assert_cache_right(case, inputs)
     assert out.shape == (*inputs.tensors["q"].shape[:-1], case.dim_v) and out.dtype == case.dtype
+    oracle = functools.partial(_oracle, case, inputs)
+    assert_outputs_right(case.id, inputs, out, lse, oracle, factor, case.dtype.itemsize == 2)
+
+
+def assert_outputs_right(
+    label: str, inputs: DecodeInputs, out, lse, oracle, factor: float, bands: bool
+) -> None:
+    """Raise AssertionError unless out and lse of declared queries are within budget of oracle(dtype), which
+    is (outs, lses) of every head of every sequence. `bands`: lse has the band of 16-bit types."""
     outs, lses = [], []
     for b, s in enumerate(inputs.sequences):
         of_out, of_lse = (out[b], lse[b]) if s.rows is None else (out[s.rows], lse[:, s.rows])
@@ -372,12 +382,12 @@ def assert_decode_right(case: DecodeCase, inputs: DecodeInputs, out, lse, factor
         lses += of_lse.unbind(0)
     if not outs:
         return
-    exact, low = _oracle(case, inputs, torch.float64), _oracle(case, inputs, case.dtype)
+    exact, low = oracle(torch.float64), oracle(out.dtype)
     out, out_exact, out_low = (torch.cat(parts) for parts in (outs, exact[0], low[0]))
-    assert_within_budget(out, out_exact, out_low, f"{case.id} out", factor)
+    assert_within_budget(out, out_exact, out_low, f"{label} out", factor)
     lse, lse_exact, lse_low = (torch.cat(parts) for parts in (lses, exact[1], low[1]))
-    band = lse_band(lse_exact) if case.dtype.itemsize == 2 else None
-    assert_within_budget(lse, lse_exact, lse_low, f"{case.id} lse", factor, band)
+    band = lse_band(lse_exact) if bands else None
+    assert_within_budget(lse, lse_exact, lse_low, f"{label} lse", factor, band)
 
 
 def assert_cache_right(case: DecodeCase, inputs: DecodeInputs, written: bool = True) -> None:
