@@ -20,6 +20,11 @@ hypothesis.settings.load_profile("tandem")
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "gpu: needs a Hopper GPU (compute capability 9.0)")
     config.addinivalue_line("markers", "plain_empty: torch.empty is left alone, for timing")
+    if why_no_hopper():
+        # Tensors here are small. Threads of OpenMP wait for each other by spinning: with two of them and a
+        # core that others use too, the same tests took five times the CPU time. What tests start as a
+        # program of its own, the demo and the like, has as many threads as torch likes.
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -1,6 +1,7 @@
 """The architecture under test: who may import whom, how large things grow, and what documents name."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -66,6 +67,12 @@ def owner(path: pathlib.Path) -> str:
     return first.removesuffix(".py")
 
 
+@functools.cache
+def parsed(path: pathlib.Path) -> ast.Module:
+    """Several tests look at each module; none changes the tree."""
+    return ast.parse(path.read_text())
+
+
 def imports(tree: ast.AST, path: pathlib.Path):
     """(line, dotted name) of everything imported."""
     for node in ast.walk(tree):
@@ -81,7 +88,7 @@ def imports(tree: ast.AST, path: pathlib.Path):
 
 def parts_imported(path: pathlib.Path):
     """(line, part of the package) for each import of tandem_attn."""
-    for line, name in imports(ast.parse(path.read_text()), path):
+    for line, name in imports(parsed(path), path):
         if name == "tandem_attn":
             yield line, "__init__"
         elif name.startswith("tandem_attn."):
@@ -100,7 +107,7 @@ def test_direction_of_imports(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_device_and_kernels_know_triton(path):
-    names = {name.partition(".")[0] for _, name in imports(ast.parse(path.read_text()), path)}
+    names = {name.partition(".")[0] for _, name in imports(parsed(path), path)}
     mine = owner(path)
     if mine == "device":
         assert not names & {"torch", "numpy"}, "device code sees numbers and descriptors, no tensors"
@@ -113,9 +120,7 @@ def test_kernels_are_imported_only_when_a_function_runs():
     for path in MODULES:
         if owner(path) in {"kernels", "testing"}:
             continue
-        top = ast.Module(
-            body=[n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))]
-        )
+        top = ast.Module(body=[n for n in parsed(path).body if isinstance(n, (ast.Import, ast.ImportFrom))])
         for line, name in imports(top, path):
             heavy = name.startswith(("triton", "tandem_attn.kernels", "tandem_attn.device"))
             assert not heavy or owner(path) == "device", f"{path.name}:{line} imports {name}"
@@ -127,7 +132,7 @@ def test_size_caps(path):
     assert len(lines) <= MAX_FILE, f"{path.name} has {len(lines)} lines"
     for number, line in enumerate(lines, 1):
         assert len(line) <= MAX_LINE or "# fmt: skip" in line, f"{path.name}:{number} is {len(line)} long"
-    for node in ast.walk(ast.parse("\n".join(lines))):
+    for node in ast.walk(parsed(path)):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         length = node.end_lineno - node.lineno + 1
@@ -141,7 +146,7 @@ def test_size_caps(path):
 
 def kernel_entries(path: pathlib.Path) -> set[str]:
     """Jit functions that a launch starts: public, in kernels/."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     jitted = (
         n for n in tree.body if isinstance(n, ast.FunctionDef) and "jit" in map(_name, n.decorator_list)
     )
@@ -158,12 +163,12 @@ def test_no_assert_for_the_mistakes_of_users(path):
     """python -O removes asserts; validation lives in spec.py and check_decode.py and raises."""
     of_decode = {"spec_decode", "check_decode", "reference_decode", "ops_decode", "api_decode"}
     if owner(path) in {"spec", "api", "ops", "dispatch", "arch", "log", *of_decode}:
-        assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+        assert not [n for n in ast.walk(parsed(path)) if isinstance(n, ast.Assert)]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_modules_and_public_functions_have_docstrings(path):
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     if path.name != "_version.py" and tree.body:
         assert ast.get_docstring(tree), f"{path.name} does not say what it is"
     for node in tree.body:

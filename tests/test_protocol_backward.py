@@ -292,9 +292,10 @@ def test_many_orders_of_events_of_one_problem(ordered, first_apart, dim):
 
 @pytest.mark.parametrize("seqlens", [(700, 450), (450, 450), (800, 130), (400, 900)])
 def test_causal_blocks_in_another_order(seqlens):
-    """Tiles of keys do not begin with the first block that sees them all."""
-    for seed in range(4):
-        fixed = dict(window=CAUSAL, ordered=False, dims=(128, 128), seqlens=seqlens)
+    """Tiles of keys do not begin with the first block that sees them all. The order is that of one head, so
+    two do: of one group, of two, of two or three sequences."""
+    for seed, heads in enumerate(((1, 1, 2), (1, 2, 1), (2, 1, 1), (3, 1, 1))):
+        fixed = dict(window=CAUSAL, ordered=False, dims=(128, 128), seqlens=seqlens, heads=heads)
         problem = make_problem(seed, **fixed)
         assert problem.plan.by_keys.scatters
         check(problem, seed)

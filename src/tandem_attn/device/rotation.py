@@ -54,19 +54,35 @@ def _flipped(x, signs, j: gl.constexpr):
 
 
 @gluon.jit
-def _mixed(x, h, mma: gl.constexpr):
-    """A 16-bit piece times the Hadamard matrix of size 32, in fp32 and in the layout of x."""
+def _operand_rows(x):
+    """[ROWS, 32] -> [2 ROWS, 16], of which a thread has the same numbers.
+
+    Columns are bits (4 3 2 1 0): the product takes 2 4 3 0, and 1 becomes a bit of its rows, so that an operand
+    is the four registers of a 16-byte load in their order.
+    """
     ROWS: gl.constexpr = x.shape[0]
-    layout: gl.constexpr = x.type.layout
-    # columns are bits (4 3 2 1 0): the product takes 2 4 3 0, and 1 becomes a bit of its rows, so that an
-    # operand is the four registers of a 16-byte load in their order
-    a = x.reshape([ROWS // 8, 8, 2, 2, 2, 2, 2]).permute([0, 5, 1, 4, 2, 3, 6]).reshape([2 * ROWS, 16])
-    a = gl.convert_layout(a, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
-    c = mma_v2(a, h, gl.zeros([2 * ROWS, 16], gl.float32, mma))
-    c = c.reshape([ROWS // 8, 2, 8, 2, 2, 2, 2]).permute([0, 2, 4, 5, 3, 6, 1])  # bits 4 3 2 0 1
-    a, b = gl.split(c)
-    c = gl.join(a + b, a - b).permute([0, 1, 2, 3, 4, 6, 5]).reshape([ROWS, 32])
-    return gl.convert_layout(c, layout, assert_trivial=True)
+    x = x.reshape([ROWS // 8, 8, 2, 2, 2, 2, 2]).permute([0, 5, 1, 4, 2, 3, 6])
+    return x.reshape([2 * ROWS, 16])
+
+
+@gluon.jit
+def _mixed(x, h, start, mma: gl.constexpr):
+    """A 16-bit piece times the Hadamard matrix of size 16, over all bits of its columns but bit 1, plus `start`,
+    in fp32 and in the layout of x."""
+    ROWS: gl.constexpr = x.shape[0]
+    a = gl.convert_layout(_operand_rows(x), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+    c = mma_v2(a, h, gl.convert_layout(_operand_rows(start), mma, assert_trivial=True))
+    c = c.reshape([ROWS // 8, 2, 8, 2, 2, 2, 2]).permute([0, 2, 4, 5, 3, 1, 6]).reshape([ROWS, PIECE])
+    return gl.convert_layout(c, x.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _mixed_by_bit_1(x):
+    """Sums and differences of columns that differ in bit 1."""
+    ROWS: gl.constexpr = x.shape[0]
+    a, b = gl.split(x.reshape([ROWS, 8, 2, 2]).permute([0, 1, 3, 2]))
+    y = gl.join(a + b, a - b).permute([0, 1, 3, 2]).reshape([ROWS, PIECE])
+    return gl.convert_layout(y, x.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -81,14 +97,60 @@ def _summed(x, step: gl.constexpr):
     return y
 
 
+# A rotation has two halves: bits of columns that the product with a matrix mixes, and bits that sums of
+# registers mix. Half way a row is what it is at the end, but for sums and differences of its columns: products
+# of two rows are as large there as they were before, times HALF_WAY, and a constant added there is a constant
+# added at the end.
+HALF_WAY = gl.constexpr(16.0)
+
+
 @gluon.jit
-def rotate_pieces(x, signs, mma: gl.constexpr, group: gl.constexpr):
-    """16-bit pieces x times signs (`sign_bits` in shared memory) times the Hadamard matrix of 32 `group`
-    columns, in fp32."""
+def _beginning(start, begins: gl.constexpr, j: gl.constexpr, x):
+    """fp32, like x, which is piece j."""
+    layout: gl.constexpr = x.type.layout
+    if begins:
+        y, _ = gl.broadcast(piece_of(start, j, layout), x)
+        return y
+    else:
+        return gl.zeros(x.shape, gl.float32, layout)
+
+
+@gluon.jit
+def half_rotated(x, signs, start, begins: gl.constexpr, mma: gl.constexpr):
+    """16-bit pieces x times signs (`sign_bits` in shared memory) times half of a Hadamard matrix, in fp32.
+    start: what columns begin with there, in shared memory, if it `begins`; else anything."""
     h = hadamard_16(x[0].dtype, mma)
     y = ()
     for j in gl.static_range(len(x)):
-        y = y + (_mixed(_flipped(x[j], signs, j), h, mma),)
+        y = y + (_mixed(_flipped(x[j], signs, j), h, _beginning(start, begins, j, x[j]), mma),)
+    return y
+
+
+@gluon.jit
+def half_rotated_vector(vector, signs, pieces: gl.constexpr, mma: gl.constexpr, layout: gl.constexpr):
+    """The same of an fp32 vector in shared memory: pieces whose rows are all equal. It is the sum of three
+    numbers in bf16, of which each is rotated exactly."""
+    rows: gl.constexpr = 8 * gl.num_warps()
+    h = hadamard_16(gl.bfloat16, mma)
+    zeros = gl.zeros([rows, PIECE], gl.float32, layout)
+    y = ()
+    for j in gl.static_range(pieces):
+        rest = _beginning(vector, True, j, zeros)
+        c = zeros
+        for _ in gl.static_range(3):
+            part = rest.to(gl.bfloat16)
+            rest = rest - part.to(gl.float32)
+            c = _mixed(_flipped(part, signs, j), h, c, mma)
+        y = y + (c,)
+    return y
+
+
+@gluon.jit
+def other_half(x, group: gl.constexpr):
+    """What is `half_rotated`, over the other bits: a Hadamard matrix of 32 `group` columns in all."""
+    y = ()
+    for j in gl.static_range(len(x)):
+        y = y + (_mixed_by_bit_1(x[j]),)
     if group >= 2:
         y = _summed(y, 1)
     if group >= 4:

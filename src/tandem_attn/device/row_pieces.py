@@ -6,8 +6,10 @@
 from tandem_attn.device.gluon import gl, gluon
 from tandem_attn.device.rotation import (
     PIECE,
+    half_rotated,
     in_shared,
-    rotate_pieces,
+    other_half,
+    piece_of,
     sign_bits,
     turn_halves,
     turn_pairs,
@@ -70,18 +72,48 @@ def columns_of(ptr, config: gl.constexpr):
 
 
 @gluon.jit
-def rotated(pieces, signs, config: gl.constexpr):
-    """16-bit pieces -> fp32, times signs and the Hadamard matrix if there is rotation: 1 / norm too large."""
+def half_way(pieces, signs, start, begins: gl.constexpr, config: gl.constexpr):
+    """16-bit pieces -> fp32, times signs and half of the Hadamard matrix if there is rotation. start: what is
+    added to columns there, in shared memory, if it `begins`; else anything."""
     if config.rotate:
-        return rotate_pieces(pieces, signs, config.mma, config.group)
+        return half_rotated(pieces, signs, start, begins, config.mma)
     else:
         out = ()
         for j in gl.static_range(config.pieces):
-            out = out + (pieces[j].to(gl.float32),)
+            x = pieces[j].to(gl.float32)
+            if begins:
+                x += piece_of(start, j, config.layout)
+            out = out + (x,)
         return out
 
 
 @gluon.jit
+def all_the_way(pieces, config: gl.constexpr):
+    """What is `half_way`, times the rest of the matrix: 1 / norm too large."""
+    if config.rotate:
+        return other_half(pieces, config.group)
+    else:
+        return pieces
+
+
+@gluon.jit
+def products_of_rows(pieces, vector, config: gl.constexpr):
+    """[rows]: products of rows with a vector in shared memory, four lanes' parts of which meet at the end."""
+    rows: gl.constexpr = pieces[0].shape[0]
+    total = gl.sum((pieces[0] * piece_of(vector, 0, config.layout)).reshape([rows, 4, PIECE // 4]), 2)
+    for j in gl.static_range(1, config.pieces):
+        product = pieces[j] * piece_of(vector, j, config.layout)
+        total += gl.sum(product.reshape([rows, 4, PIECE // 4]), 2)
+    return gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, config.layout), assert_trivial=True)
+
+
+@gluon.jit
 def signs_of(signs, config: gl.constexpr):
-    """In shared memory, for `rotated`."""
-    return in_shared(sign_bits(columns_of(signs, config))) if config.rotate else signs
+    """Of the columns, if there is rotation; else anything."""
+    return sign_bits(columns_of(signs, config)) if config.rotate else signs
+
+
+@gluon.jit
+def signs_in_shared(signs, config: gl.constexpr):
+    """`signs_of`, for `half_way`."""
+    return in_shared(signs) if config.rotate else signs

@@ -17,6 +17,62 @@ def thread_sum(p):
     return gl.sum(gl.sum(p.reshape([M, N // 8, 4, 2]), 3), 1)
 
 
+@gluon.constexpr_function
+def _largest_asm(n):
+    """Of n floats of which pairs belong to two rows in turn: outputs 0 and 2 become the rows' maxima."""
+    lines = [".reg .pred p, q; .reg .b32 a, b, c, d;"]
+    for x, y, first in (("a", "c", 0), ("b", "d", 2)):
+        for op, to in (("max", x), ("min", y)):
+            mine = [f"${n + i + j}" for i in range(first, n, 4) for j in (0, 1)]
+            chain = [f"{op}.s32 {to}, {mine[0]}, {mine[1]};"]
+            chain += [f"{op}.s32 {to}, {to}, {i};" for i in mine[2:]]
+            lines.append((op, "".join(chain)))
+    head, *chains = lines
+    largest = "".join(text for op, text in chains if op == "max")
+    nearest = "".join(text for op, text in chains if op == "min")
+    return (
+        f"{{ {head} {largest} min.s32 c, a, b; setp.lt.s32 p, c, 0; vote.sync.any.pred p, p, 0xffffffff;"
+        f" @!p bra.uni SKIP; {nearest} setp.lt.s32 p, a, 0; selp.b32 a, c, a, p; setp.lt.s32 q, b, 0;"
+        " selp.b32 b, d, b, q; SKIP: mov.b32 $0, a; mov.b32 $2, b; }"
+    )
+
+
+@gluon.jit
+def row_maximum(s):
+    """[M, N] scores, a wgmma accumulator -> [M]: the largest of each row.
+
+    Compared as integers, three at a time (an instruction that floats do not have on sm_90). That is right
+    where there is a number that is not negative; where a thread has none, a warp takes the smallest integers
+    instead: what is negative lies the other way round.
+    """
+    M: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
+    n: gl.constexpr = min(N // 2, 64)
+    y = gl.inline_asm_elementwise(
+        _largest_asm(n),
+        _largest_constraints(n),
+        [s.to(gl.int32, bitcast=True)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=n,
+    )
+    x, _ = gl.split(y.to(gl.float32, bitcast=True).reshape([M, N // 8, 4, 2]))
+    for _ in gl.static_range(_halvings(n // 4)):
+        x, _ = gl.split(x.reshape([M, x.shape[1] // 2, 2, 4]).permute([0, 1, 3, 2]))
+    largest = gl.max(gl.max(x, 1), 1)
+    return gl.convert_layout(largest, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _largest_constraints(n):
+    return ",".join(["=r"] * n + ["r"] * n)
+
+
+@gluon.constexpr_function
+def _halvings(n):
+    return n.bit_length() - 1
+
+
 @gluon.jit
 def rescale_factor(old_max, new_max, may_be_empty: gl.constexpr):
     """(offset, alpha) from row maxima in base 2: P is exp2(score - offset), what was summed up is worth

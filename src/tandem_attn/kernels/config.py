@@ -237,6 +237,12 @@ class ForwardConfig(ChunkedConfig):
         return 8.0 - self.lazy_step * self.lazy_rescale if self.fp8 else 0.0
 
     @property
+    def integer_maxima(self) -> bool:
+        """Whether maxima of rows are found among integers, three at a time: 3 to 7% at head_dim 64 and 128 in
+        e4m3, 1 to 4% in 16 bits; 1 to 2% slower at 256, full e4m3 apart (H200, 2026-11-30)."""
+        return self.head_dim <= 128
+
+    @property
     def q_layout(self):
         return self.shared_layout(self.tile_m, self.qk_width)
 

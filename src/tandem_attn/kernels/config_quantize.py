@@ -5,8 +5,6 @@ import dataclasses
 from tandem_attn.device.gluon import gl
 from tandem_attn.kernels.config import KernelConfig
 
-SUM_WARPS = 4  # of a program that adds up rows
-
 
 def power_of_two(dim: int) -> int:
     """That holds so many columns, and 32 at least."""
@@ -132,16 +130,17 @@ class Summing:
     dim: int
     width: int
     at_once: int
+    num_warps: int
 
     @property
     def layout(self):
         lanes = self.width // 8
-        return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [SUM_WARPS, 1], [1, 0])
+        return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [self.num_warps, 1], [1, 0])
 
     @property
     def together(self) -> int:
         """Rows that threads have one number of each."""
-        return SUM_WARPS * 32 // (self.width // 8)
+        return self.num_warps * 32 // (self.width // 8)
 
     @property
     def rows(self) -> int:
@@ -150,29 +149,38 @@ class Summing:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeansConfig(RowsConfig):
-    """Compile-time facts of `sum_rows` and `finish_means`."""
+class KeyMeanConfig(RowsConfig):
+    """Compile-time facts of `mean_of_keys`."""
 
-    num_warps: int = SUM_WARPS
-
-    @property
-    def sum_k(self) -> Summing:
-        """Pieces as elsewhere where K is turned first, else as of V."""
-        return Summing(self.head_dim, 32, 1) if self.rotary_dim else _whole_rows(self.head_dim)
+    num_warps: int = 8
 
     @property
-    def sum_v(self) -> Summing:
-        return _whole_rows(self.head_dim_v)
+    def summing(self) -> Summing:
+        """Pieces as elsewhere where K is turned first."""
+        if self.rotary_dim:
+            return Summing(self.head_dim, 32, 1, self.num_warps)
+        return _whole_rows(self.head_dim, self.num_warps, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueMeanConfig(TileConfig):
+    """Compile-time facts of `sum_values` and `mean_of_values`."""
+
+    num_warps: int = 4
+    maxnreg: int = 72  # 7 programs
 
     @property
-    def maxnreg(self) -> int | None:
-        """As of QuantizeConfig."""
-        return None if self.rotary_dim else 72  # 7 programs
+    def summing(self) -> Summing:
+        return _whole_rows(self.head_dim_v, self.num_warps)
+
+    @property
+    def pieces(self) -> int:
+        return -(-self.head_dim_v // 32)
 
 
-def _whole_rows(dim: int) -> Summing:
-    """A thread has 8 sums to keep, and 8 loads of 16 bytes under way."""
-    return Summing(dim, power_of_two(dim), 8)
+def _whole_rows(dim: int, num_warps: int, at_once: int = 8) -> Summing:
+    """A thread has 8 sums to keep, and so many loads of 16 bytes under way."""
+    return Summing(dim, power_of_two(dim), at_once, num_warps)
 
 
 @dataclasses.dataclass(frozen=True)

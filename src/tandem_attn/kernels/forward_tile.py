@@ -20,7 +20,7 @@ from tandem_attn.device.mask import apply_mask
 from tandem_attn.device.pieces import zeros
 from tandem_attn.device.precision import pack_probabilities
 from tandem_attn.device.ring import Ring
-from tandem_attn.device.softmax import log_sum_exp, soft_capped, thread_sum
+from tandem_attn.device.softmax import log_sum_exp, row_maximum, soft_capped, thread_sum
 
 
 @aggregate
@@ -111,7 +111,8 @@ def scores_in_base_2(problem, tile, s, unit, n_block, row_max, lazy: gl.constexp
         unit = problem.scale_log2
     if masked:
         s = apply_mask(problem.mask(tile), s, tile.m_start, n_block * c.tile_n)
-    larger = gl.maximum(row_max, gl.max(s, 1) * unit)
+    largest = row_maximum(s) if c.integer_maxima else gl.max(s, 1)
+    larger = gl.maximum(row_max, largest * unit)
     if lazy:
         larger = gl.where(larger > row_max + c.lazy_step, larger, row_max)
     return s, unit, larger

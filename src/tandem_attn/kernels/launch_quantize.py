@@ -1,22 +1,25 @@
 """The gluon backend that makes FP8: from a question and addresses to launches.
 
-A `QuantizePlan` is made once per question. With scales of blocks a call is one launch, and two short ones
-before it where means are subtracted; a scale for more than a block takes one more pass over inputs. Short
-launches start early (programmatic dependent launch), and wait for what they need.
+A `QuantizePlan` is made once per question. With scales of blocks a call is one launch, and before it a short
+one where K's mean is subtracted and two where V's is; a scale for more than a block takes one more pass over
+inputs. Launches start early (programmatic dependent launch), and wait for what they need.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
-from tandem_attn.kernels.config_quantize import MeansConfig, QuantizeConfig, Summing, TransposeConfig
+from tandem_attn.kernels.config_quantize import (
+    KeyMeanConfig,
+    QuantizeConfig,
+    TransposeConfig,
+    ValueMeanConfig,
+)
 from tandem_attn.kernels.launcher import KernelLauncher, misaligned
-from tandem_attn.kernels.means import finish_means, sum_rows
+from tandem_attn.kernels.means import mean_of_keys, mean_of_values, sum_values
 from tandem_attn.kernels.quantize import quantize_tiles, transpose_keys
 from tandem_attn.kernels.question import UNBOUNDED, device_reasons, element_reasons
-from tandem_attn.quant import BLOCK_K, BLOCK_Q, E4M3, MEAN_ROWS, PADDING
+from tandem_attn.quant import BLOCK_K, BLOCK_Q, E4M3, PADDING
 from tandem_attn.spec_quant import Quantized, QuantizeSpec, TransposeSpec, empty_tensors
 
 NAME = "gluon"
@@ -89,7 +92,8 @@ def _size_reasons(*sizes: int) -> list[str]:
 def quantize_describe(spec: QuantizeSpec) -> str:
     """One line for explain(): what is launched."""
     plan = QuantizePlan(spec)
-    parts = [f"{x} by {n} parts of a sequence" for x, n in zip("KV", plan.chunks, strict=True) if n]
+    parts = ["K of a sample"] if spec.smooth_k else []
+    parts += [f"V by {plan.chunks} parts of a sequence"] if spec.smooth_v else []
     mean = f"means of {' and '.join(parts)}, then " if parts else ""
     passes = "one pass" if spec.granularity == "block" else "one pass for the maxima and one"
     return f"{mean}{passes}, tiles of {PADDING} rows by {plan.config.num_warps} warps"
@@ -113,16 +117,19 @@ def transpose(spec: TransposeSpec) -> TransposePlan:
 def quantize_config(spec: QuantizeSpec, programs: int = 0, measures: bool = False) -> QuantizeConfig:
     """The configuration for a question that takes so many programs.
 
-    They start before the launch that they follow is over only if all are resident at once: more would wait
-    one by one, and what they read could not be loaded along with their rows.
+    They start before the launch that they follow is over if the first of them, tiles of V, need not wait for
+    it, or if all are resident at once: else they would wait one by one, and what they read could not be loaded
+    along with their rows.
     """
-    follows = spec.smooth_k or spec.smooth_v or (spec.granularity != "block" and not measures)
+    last_pass = spec.granularity != "block" and not measures
+    follows = spec.smooth_k or spec.smooth_v or last_pass
+    has_time = not (spec.smooth_v or last_pass) or programs <= RESIDENT
     return QuantizeConfig(
         **_facts_of_rows(spec),
         has_seqused_q=spec.has_seqused_q,
         granularity=spec.granularity,
         measures=measures,
-        early=follows and programs <= RESIDENT,
+        early=follows and has_time,
     )
 
 
@@ -146,9 +153,9 @@ def transpose_config(spec: TransposeSpec) -> TransposeConfig:
     return TransposeConfig(spec.head_dim_v, spec.packed, spec.has_seqused_k)
 
 
-def options_of(config: QuantizeConfig | MeansConfig, early: bool = False) -> dict:
+def options_of(config: QuantizeConfig | KeyMeanConfig | ValueMeanConfig, early: bool = False) -> dict:
     """How a kernel is compiled and launched."""
-    limit = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
+    limit = {"maxnreg": config.maxnreg} if hasattr(config, "maxnreg") else {}
     return dict(num_warps=config.num_warps, launch_pdl=early, **limit)
 
 
@@ -194,22 +201,17 @@ class QuantizePlan:
         )
         self.programs = of_q * spec.num_heads + (of_k + of_v) * spec.num_kv_heads
         self.config = quantize_config(spec, self.programs)
-        self.means_config = MeansConfig(**_facts_of_rows(spec))
         self.heads_k = spec.batch * spec.num_kv_heads
-        self.chunks = (
-            self._chunks(self.means_config.sum_k, min(spec.seqlen_k, MEAN_ROWS)) if spec.smooth_k else 0,
-            self._chunks(self.means_config.sum_v, spec.seqlen_k) if spec.smooth_v else 0,
-        )
-        q_strides, *self.kv_strides = (
+        self.of_keys = KeyMeanConfig(**_facts_of_rows(spec))
+        self.of_values = ValueMeanConfig(spec.head_dim_v, spec.packed, spec.has_seqused_k)
+        steps = -(-spec.seqlen_k // self.of_values.summing.rows)  # packed: one sequence may have all rows
+        self.chunks = max(1, min(MAX_CHUNKS, steps, -(-SUMMING // max(1, self.heads_k))))
+        q_strides, self.k_strides, self.v_strides = (
             _three_strides(stride, 8) for stride in (spec.q_stride, spec.k_stride, spec.v_stride)
         )
         sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.seqlen_q, spec.seqlen_k)
         self.rotary = (spec.rotary_stride // 8, spec.rotary_len)
-        self.numbers = (*sizes, *self.rotary, *q_strides, *itertools.chain(*self.kv_strides))
-
-    def _chunks(self, summing: Summing, rows: int) -> int:
-        """Parts of so many rows. Packed V: of all sequences, which one of them may have."""
-        return max(1, min(MAX_CHUNKS, -(-rows // summing.rows), -(-SUMMING // max(1, self.heads_k))))
+        self.numbers = (*sizes, *self.rotary, *q_strides, *self.k_strides, *self.v_strides)
 
     def _shared_scales(self) -> tuple[list[int], int]:
         """(how many scales of q, k and v there are, each rounded up to 16 bytes, all together)."""
@@ -259,15 +261,17 @@ class QuantizePlan:
         q8, k8 = (torch.empty(x.shape, dtype=E4M3, device=spec.device) for x in (q, k))
         v_t = torch.empty(spec.v_t_shape, dtype=E4M3, device=spec.device)
         scales, shown, maxima = self._scales()
-        shift = k_mean = rotated = v_mean = None
+        shift = k_mean = start = v_mean = None
         if spec.smooth_k:
             # rows of no sequence have a finite lse_shift as well
             allocate = torch.zeros if spec.packed else torch.empty
             shift = allocate(spec.lse_shape, dtype=torch.float32, device=spec.device)
-        if spec.smooth_k or spec.smooth_v:
-            k_mean, rotated, v_mean = self._means(stream, k, v, signs, cos, sin, lengths)
+        if spec.smooth_v:
+            v_mean = self._mean_of_values(stream, v, lengths)
+        if spec.smooth_k:
+            k_mean, start = self._mean_of_keys(stream, k, signs, cos, sin, lengths)
         outputs = (q8, k8, v_t, *scales, q if shift is None else shift)
-        means = (q if x is None else x for x in (rotated, v_mean))
+        means = (q if x is None else x for x in (start, v_mean))
         tables = (signs, *means, *(maxima or (q, q, q)), cos, sin)
         tensors = (q, k, v, outputs, tables, *lengths)
         if maxima:
@@ -279,32 +283,28 @@ class QuantizePlan:
         numbers, options = (*self.numbers, config), options_of(config, config.early)
         self.kernels.launch(quantize_tiles, self.programs, stream, tensors, numbers, options)
 
-    def _means(self, stream: int, k, v, signs, cos, sin, lengths) -> tuple[torch.Tensor | None, ...]:
-        """(k_mean, the same as quantize_tiles subtracts it, v_mean), None for those that are kept."""
-        spec, config, of_k = self.spec, self.means_config, (lengths[1], lengths[3])
-        k_chunks, v_chunks = self.chunks
-        k_sums = self._sums(spec.smooth_k, k_chunks, spec.head_dim)
-        v_sums = self._sums(spec.smooth_v, v_chunks, spec.head_dim_v)
-        k_mean = self._sums(spec.smooth_k, spec.head_dim)
-        v_mean = self._sums(spec.smooth_v, spec.head_dim_v)
-        rotated = self._sums(spec.smooth_k, spec.head_dim) if spec.rotate else k_mean
-        partials, means = (
-            tuple(k if x is None else x for x in some)  # what is not there points anywhere
-            for some in ((k_sums, v_sums), (k_mean, rotated, v_mean))
-        )
-        sizes = (spec.num_kv_heads, spec.seqlen_k, k_chunks, v_chunks)
-        numbers = (spec.batch, *sizes, *itertools.chain(*self.kv_strides), *self.rotary, config)
-        programs, tensors = self.heads_k * (k_chunks + v_chunks), (k, v, partials, cos, sin, *of_k)
-        self.kernels.launch(sum_rows, programs, stream, tensors, numbers, options_of(config))
-        programs = self.heads_k * (spec.smooth_k + spec.smooth_v)
-        tensors, options = (partials, signs, means, *of_k), dict(num_warps=1, launch_pdl=True)
-        self.kernels.launch(finish_means, programs, stream, tensors, (*sizes, config), options)
-        return k_mean, rotated, v_mean
+    def _mean_of_keys(self, stream: int, k, signs, cos, sin, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+        """(k_mean, what quantize_tiles has K's columns start with)."""
+        spec, config = self.spec, self.of_keys
+        outputs = self._numbers_of_heads(spec.head_dim), self._numbers_of_heads(spec.head_dim)
+        tensors = (k, signs, outputs, cos, sin, lengths[1], lengths[3])
+        numbers = (spec.num_kv_heads, spec.seqlen_k, *self.k_strides, *self.rotary, config)
+        self.kernels.launch(mean_of_keys, self.heads_k, stream, tensors, numbers, options_of(config))
+        return outputs
 
-    def _sums(self, wanted: bool, *shape: int) -> torch.Tensor | None:
+    def _mean_of_values(self, stream: int, v, lengths) -> torch.Tensor:
+        spec, config = self.spec, self.of_values
+        partials = self._numbers_of_heads(self.chunks, spec.head_dim_v)
+        mean = self._numbers_of_heads(spec.head_dim_v)
+        of_k, sizes = (lengths[1], lengths[3]), (spec.num_kv_heads, spec.seqlen_k, self.chunks)
+        numbers, programs = (*sizes, *self.v_strides, config), self.heads_k * self.chunks
+        self.kernels.launch(sum_values, programs, stream, (v, partials, *of_k), numbers, options_of(config))
+        tensors, options = (partials, mean, *of_k), dict(num_warps=1, launch_pdl=True)
+        self.kernels.launch(mean_of_values, self.heads_k, stream, tensors, (*sizes, config), options)
+        return mean
+
+    def _numbers_of_heads(self, *shape: int) -> torch.Tensor:
         """Memory for fp32 numbers of all KV heads of all sequences."""
-        if not wanted:
-            return None
         shape = (self.spec.batch, self.spec.num_kv_heads, *shape)
         return torch.empty(shape, dtype=torch.float32, device=self.spec.device)
 

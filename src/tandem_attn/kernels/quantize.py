@@ -4,8 +4,8 @@ A program of `quantize_tiles` takes 128 rows of one head, in registers: rotary e
 (device/rotation.py), the means of K and V, the largest magnitude of each block, e4m3; of V also the
 transposition (device/transposed.py). Wide heads go in parts, and what does not fit in registers until its
 maximum is known is read again, from L1 or L2: so that several programs fit beside one another and some load
-while others compute. Means come from launches before that (kernels/means.py). A scale for more than a block
-needs its maximum first: `quantize_tiles` with `measures`.
+while others compute. Means come from launches before that (kernels/means.py), for which tiles of V, the
+first, need not wait. A scale for more than a block needs its maximum first: `quantize_tiles` with `measures`.
 """
 
 from tandem_attn.device.fp8_tiles import (
@@ -21,8 +21,17 @@ from tandem_attn.device.fp8_tiles import (
     tiles_of,
 )
 from tandem_attn.device.gluon import gdc_wait, gl, gluon, thread_barrier
-from tandem_attn.device.rotation import PIECE, in_shared, piece_of
-from tandem_attn.device.row_pieces import columns_of, kept, load_rows, rotated, signs_of
+from tandem_attn.device.rotation import HALF_WAY, PIECE, in_shared
+from tandem_attn.device.row_pieces import (
+    all_the_way,
+    columns_of,
+    half_way,
+    kept,
+    load_rows,
+    products_of_rows,
+    signs_in_shared,
+    signs_of,
+)
 from tandem_attn.device.transposed import as_new, four_keys, pack_four, regroup_bytes, store_words
 
 
@@ -34,13 +43,11 @@ def _await(config: gl.constexpr):
 
 
 @gluon.jit
-def _mean(means, number, config: gl.constexpr):
-    """In shared memory, a mean of K as `rotated`. number: of KV heads of all sequences."""
-    if config.smooth_k:
-        _await(config)
-        return in_shared(columns_of(means + number * config.head_dim, config))
-    else:
-        return means
+def _start(starts, number, config: gl.constexpr):
+    """What K's columns begin with half way through a rotation: less its mean. number: of KV heads of all
+    sequences."""
+    _await(config)
+    return columns_of(starts + number * config.head_dim, config)
 
 
 @gluon.jit
@@ -63,39 +70,30 @@ def _store_rows(side, pieces, there, inverse, place, head, config: gl.constexpr)
 
 
 @gluon.jit
-def _less_mean(pieces, mean, config: gl.constexpr):
-    """fp32 pieces of K, their mean subtracted if there is smoothing."""
-    y = ()
-    for j in gl.static_range(config.pieces):
-        if config.smooth_k:
-            y = y + (pieces[j] - piece_of(mean, j, config.layout),)
-        else:
-            y = y + (pieces[j],)
-    return y
-
-
-@gluon.jit
-def _key_part(side, place, head, signs, mean, rotary, config: gl.constexpr):
-    """(fp32 pieces of rows of K, whether they are there)."""
+def _key_part(side, place, head, signs, start, rotary, config: gl.constexpr):
+    """(fp32 pieces of rows of K, whether they are there). signs and start in shared memory."""
     thread_barrier()  # or the compiler keeps columns of the part before in registers that it does not have
     row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
     x = load_rows(side.rows(place, head, config.rows, config.layout), there, rotary, row, config)
-    return _less_mean(rotated(x, signs, config), mean, config), there
+    return all_the_way(half_way(x, signs, start, config.smooth_k, config), config), there
 
 
 @gluon.jit
-def _key_rows(side, place, head, signs, means, rotary, config: gl.constexpr):
+def _key_rows(side, place, head, signs, starts, rotary, config: gl.constexpr):
     """A tile of K: its parts for their maximum, the last of them stays in registers."""
     last: gl.constexpr = TILE - config.rows
-    signs = signs_of(signs, config)
     row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
+    bits = signs_of(signs, config)
     x = load_rows(side.rows(place, head, config.rows, config.layout), there, rotary, row, config)
-    mean = _mean(means, place.b * side.heads + head, config)
-    x = _less_mean(rotated(x, signs, config), mean, config)
+    start = starts
+    if config.smooth_k:
+        start = in_shared(_start(starts, place.b * side.heads + head, config))
+    signs = signs_in_shared(bits, config)  # not before: rows would be loaded later, once signs have come
+    x = all_the_way(half_way(x, signs, start, config.smooth_k, config), config)
     if config.granularity == "block" or config.measures:
         bits = _row_maxima(x, there, config)
     for first in gl.static_range(config.rows, TILE, config.rows):
-        x, there = _key_part(side, place.part(first), head, signs, mean, rotary, config)
+        x, there = _key_part(side, place.part(first), head, signs, start, rotary, config)
         if config.granularity == "block" or config.measures:
             bits = gl.maximum(bits, _row_maxima(x, there, config))
     if config.measures:
@@ -109,15 +107,24 @@ def _key_rows(side, place, head, signs, means, rotary, config: gl.constexpr):
             inverse = side.shared_inverse(place, head, config.granularity, False)
         _store_rows(side, x, there, inverse, place.part(last), head, config)
         for first in gl.static_range(0, last, config.rows):
-            x, there = _key_part(side, place.part(first), head, signs, mean, rotary, config)
+            x, there = _key_part(side, place.part(first), head, signs, start, rotary, config)
             _store_rows(side, x, there, inverse, place.part(first), head, config)
 
 
 @gluon.jit
-def _query_rows(side, place, head, shift, kv_heads, signs, means, rotary, before, config: gl.constexpr):
+def _store_shift(side, shift, x, start, place, head, config: gl.constexpr):
+    """What q's rows, half way through their rotation, give with the mean of K."""
+    row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
+    scale: gl.constexpr = -1.0 / HALF_WAY.value if config.rotate else -1.0
+    at = head if config.packed else place.b * side.heads + head
+    at = at.to(gl.int64) * side.seqlen + place.start + row
+    gl.store(shift + at, products_of_rows(x, start, config) * scale, mask=there)
+
+
+@gluon.jit
+def _query_rows(side, place, head, shift, kv_heads, signs, starts, rotary, before, config: gl.constexpr):
     """A tile of q, and its products with the mean of K. before: position of the first query."""
-    signs = signs_of(signs, config)
-    mean = means
+    bits = signs_of(signs, config)
     for first in gl.static_range(0, TILE, config.rows):
         part = place.part(first)
         row, there = part.rows(config.rows, gl.SliceLayout(1, config.layout))
@@ -125,17 +132,15 @@ def _query_rows(side, place, head, shift, kv_heads, signs, means, rotary, before
         x = load_rows(x, there, rotary, row + before, config)
         if first > 0:
             thread_barrier()
-        elif not config.measures:
-            mean = _mean(means, place.b * kv_heads + head // (side.heads // kv_heads), config)
-        x = rotated(x, signs, config)
+        else:
+            if config.smooth_k and not config.measures:
+                number = place.b * kv_heads + head // (side.heads // kv_heads)
+                start = in_shared(_start(starts, number, config))
+            signs = signs_in_shared(bits, config)  # as of K
+        x = half_way(x, signs, starts, False, config)
         if config.smooth_k and not config.measures:
-            product = gl.zeros([config.rows], gl.float32, gl.SliceLayout(1, config.layout))
-            for j in gl.static_range(config.pieces):
-                product += gl.sum(x[j] * piece_of(mean, j, config.layout), 1)
-            at = head if config.packed else place.b * side.heads + head
-            at = at.to(gl.int64) * side.seqlen + place.start + row
-            gl.store(shift + at, product * config.norm**2, mask=there)
-        _finish_queries(side, x, there, part, head, config)
+            _store_shift(side, shift, x, start, part, head, config)
+        _finish_queries(side, all_the_way(x, config), there, part, head, config)
 
 
 @gluon.jit
@@ -260,28 +265,36 @@ _LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"]
 def quantize_tiles(q, k, v, outputs, tables, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch, heads,
                    kv_heads, seqlen_q, seqlen_k, rotary_stride, rotary_len, q_batch, q_row, q_head, k_batch,
                    k_row, k_head, v_batch, v_row, v_head, config: gl.constexpr):  # fmt: skip
-    """Grid: tiles of all heads of k, then of q, then of v. Strides in units of 8 elements; the batch's are 0
+    """Grid: tiles of all heads of v, then of k, then of q. Strides in units of 8 elements; the batch's are 0
     of packed tensors, whose seqlen is that of all sequences. Pointers that are not given point anywhere.
 
-    outputs: q, k, v_t, q_descale, k_descale, v_descale, lse_shift; tables: signs, rotated means of K, means
-    of V, maxima of q, of k and of v, cos, sin.
+    outputs: q, k, v_t, q_descale, k_descale, v_descale, lse_shift; tables: signs, what K's columns start with,
+    means of V, maxima of q, of k and of v, cos, sin.
     """
     c: gl.constexpr = config.static
-    signs, means = tables[0], tables[1]
+    signs, starts = tables[0], tables[1]
     rotary = Rotary(tables[6], tables[7], rotary_stride, rotary_len)
     q_tiles = tiles_of(seqlen_q, batch, 0, c.packed)
     k_tiles = tiles_of(seqlen_k, batch, 0, c.packed)
+    v_tiles = tiles_of(seqlen_k, batch, 1, c.packed)
     pid = gl.program_id(0)
     if c.granularity != "block" and not c.measures:
         pid = gl.num_programs(0) - 1 - pid  # what was measured last is still in L2
-    if pid < k_tiles * kv_heads:
+    if pid < v_tiles * kv_heads:
+        side = Side(v, v_batch, v_row, v_head, kv_heads, seqlen_k, v_tiles, outputs[2], outputs[5], tables[5])
+        tile = pid // kv_heads
+        place = place_of(tile, cu_seqlens_k, seqused_k, seqlen_k, batch, 1, c.has_seqused_k, c)
+        if place.holds(c.packed):
+            _value_rows(side, place, pid - tile * kv_heads, tables[2], c)
+    elif pid < (v_tiles + k_tiles) * kv_heads:
+        pid -= v_tiles * kv_heads
         side = Side(k, k_batch, k_row, k_head, kv_heads, seqlen_k, k_tiles, outputs[1], outputs[4], tables[4])
         tile = pid // kv_heads
         place = place_of(tile, cu_seqlens_k, seqused_k, seqlen_k, batch, 0, c.has_seqused_k, c)
         if place.holds(c.packed):
-            _key_rows(side, place, pid - tile * kv_heads, signs, means, rotary, c)
-    elif pid < k_tiles * kv_heads + q_tiles * heads:
-        pid -= k_tiles * kv_heads
+            _key_rows(side, place, pid - tile * kv_heads, signs, starts, rotary, c)
+    else:
+        pid -= (v_tiles + k_tiles) * kv_heads
         side = Side(q, q_batch, q_row, q_head, heads, seqlen_q, q_tiles, outputs[0], outputs[3], tables[3])
         tile = pid // heads
         place = place_of(tile, cu_seqlens_q, seqused_q, seqlen_q, batch, 0, c.has_seqused_q, c)
@@ -291,15 +304,7 @@ def quantize_tiles(q, k, v, outputs, tables, cu_seqlens_q, cu_seqlens_k, seqused
                 _, keys = length_of(cu_seqlens_k, seqused_k, place.b, seqlen_k, c.has_seqused_k)
                 before = keys - place.length
             head = pid - tile * heads
-            _query_rows(side, place, head, outputs[6], kv_heads, signs, means, rotary, before, c)
-    else:
-        pid -= k_tiles * kv_heads + q_tiles * heads
-        v_tiles = tiles_of(seqlen_k, batch, 1, c.packed)
-        side = Side(v, v_batch, v_row, v_head, kv_heads, seqlen_k, v_tiles, outputs[2], outputs[5], tables[5])
-        tile = pid // kv_heads
-        place = place_of(tile, cu_seqlens_k, seqused_k, seqlen_k, batch, 1, c.has_seqused_k, c)
-        if place.holds(c.packed):
-            _value_rows(side, place, pid - tile * kv_heads, tables[2], c)
+            _query_rows(side, place, head, outputs[6], kv_heads, signs, starts, rotary, before, c)
 
 
 # V that is e4m3 already

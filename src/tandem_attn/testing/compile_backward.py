@@ -148,9 +148,15 @@ def expected_loops(config: GradientConfig) -> collections.Counter:
     return loops
 
 
+@functools.cache
+def _by_name() -> dict[str, Variant]:
+    """Found once, before there are workers."""
+    return {v.name: v for v in variants()}
+
+
 def _report_by_name(name: str) -> tuple[str, dict]:
     """In a worker: (name, report or error as plain data)."""
-    variant = next(v for v in variants() if v.name == name)
+    variant = _by_name()[name]
     try:
         return name, vars(backward_report(variant))
     except Exception as error:
@@ -159,7 +165,7 @@ def _report_by_name(name: str) -> tuple[str, dict]:
 
 def main(given: list[str]) -> int:
     """The command line."""
-    names, line = [v.name for v in variants()], functools.partial(one_line, kind=BackwardReport)
+    names, line = list(_by_name()), functools.partial(one_line, kind=BackwardReport)
     return command_line(given, "compile_backward", names, _report_by_name, line)
 
 

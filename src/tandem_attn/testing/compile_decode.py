@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -185,9 +186,15 @@ def products(config: DecodeConfig) -> tuple[int, int]:
     return 0, of_tile
 
 
+@functools.cache
+def _by_name() -> dict[str, DecodeVariant]:
+    """Found once, before there are workers."""
+    return {v.name: v for v in decode_variants()}
+
+
 def _report_by_name(name: str) -> tuple[str, dict]:
     """In a worker: (name, report or error as plain data)."""
-    variant = next(v for v in decode_variants() if v.name == name)
+    variant = _by_name()[name]
     try:
         return name, vars(decode_report(variant))
     except Exception as error:
@@ -205,8 +212,7 @@ def one_line(name: str, fields: dict) -> str:
 
 def main(given: list[str]) -> int:
     """The command line."""
-    names = [v.name for v in decode_variants()]
-    return command_line(given, "compile_decode", names, _report_by_name, one_line)
+    return command_line(given, "compile_decode", list(_by_name()), _report_by_name, one_line)
 
 
 if __name__ == "__main__":
