@@ -99,6 +99,7 @@ OF_FEATURES = [
     for page, each in ((0, "block"), (0, "sequence"), (16, "block"))
     for name, facts in FEATURES.items()
     if not page or ("rows" not in name and name != "no room at all")
+    if facts.get("head_dim_v", 16) % 16 == 0  # rows of 16 bytes; others the kernels decline
 ]
 BUDGET = list({case.id: case for case in (*ROWS, *DIMS, *PAGES, *OTHERS, *OF_FEATURES)}.values())
 EXACT = [case for case in (*ROWS, *PAGES, *OTHERS) if not case.case.softcap and case.case.batch_idx != (1, 1)]

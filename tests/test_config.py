@@ -30,7 +30,7 @@ USUAL = dict(
     [
         (dict(head_dim=80), "head_dim 80"),
         (dict(head_dim_v=32), "head_dim_v 32"),
-        (dict(num_consumers=4), "num_consumers=4"),
+        (dict(num_consumers=5), "num_consumers=5"),
         (dict(num_consumers=1), "num_consumers=1"),
         (dict(head_dim_v=192), "o_parts=1"),
         (dict(head_dim=96, head_dim_v=96, o_parts=2), "o_parts=2"),

@@ -1,4 +1,4 @@
-"""Row maxima found among integers (device/softmax.py), by themselves: exact for whatever numbers there are."""
+"""Maxima of rows found among integers (device/softmax.py), by themselves: exact for whatever there is."""
 
 import pytest
 import torch

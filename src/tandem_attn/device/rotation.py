@@ -57,8 +57,8 @@ def _flipped(x, signs, j: gl.constexpr):
 def _operand_rows(x):
     """[ROWS, 32] -> [2 ROWS, 16], of which a thread has the same numbers.
 
-    Columns are bits (4 3 2 1 0): the product takes 2 4 3 0, and 1 becomes a bit of its rows, so that an operand
-    is the four registers of a 16-byte load in their order.
+    Columns are bits (4 3 2 1 0): the product takes 2 4 3 0, and 1 becomes a bit of its rows, so that an
+    operand is the four registers of a 16-byte load in their order.
     """
     ROWS: gl.constexpr = x.shape[0]
     x = x.reshape([ROWS // 8, 8, 2, 2, 2, 2, 2]).permute([0, 5, 1, 4, 2, 3, 6])
@@ -67,8 +67,8 @@ def _operand_rows(x):
 
 @gluon.jit
 def _mixed(x, h, start, mma: gl.constexpr):
-    """A 16-bit piece times the Hadamard matrix of size 16, over all bits of its columns but bit 1, plus `start`,
-    in fp32 and in the layout of x."""
+    """A 16-bit piece times the Hadamard matrix of size 16, over all bits of its columns but bit 1, plus
+    `start`, in fp32 and in the layout of x."""
     ROWS: gl.constexpr = x.shape[0]
     a = gl.convert_layout(_operand_rows(x), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
     c = mma_v2(a, h, gl.convert_layout(_operand_rows(start), mma, assert_trivial=True))
@@ -98,9 +98,9 @@ def _summed(x, step: gl.constexpr):
 
 
 # A rotation has two halves: bits of columns that the product with a matrix mixes, and bits that sums of
-# registers mix. Half way a row is what it is at the end, but for sums and differences of its columns: products
-# of two rows are as large there as they were before, times HALF_WAY, and a constant added there is a constant
-# added at the end.
+# registers mix. Half way a row is what it is at the end, but for sums and differences of its columns:
+# products of two rows are as large there as they were before, times HALF_WAY, and a constant added there is a
+# constant added at the end.
 HALF_WAY = gl.constexpr(16.0)
 
 

@@ -163,8 +163,8 @@ class ForwardConfig(ChunkedConfig):
             raise ValueError(
                 f"head_dim {self.head_dim}, head_dim_v {self.head_dim_v}: not in {NATIVE_HEAD_DIMS}"
             )
-        if self.num_consumers not in (2, 3):
-            raise ValueError(f"num_consumers={self.num_consumers}: 2 or 3")
+        if self.num_consumers not in (2, 3, 4):
+            raise ValueError(f"num_consumers={self.num_consumers}: 2, 3 or 4")
         if self.v_chunks > 1 and self.o_parts != self.v_chunks:
             raise ValueError(f"o_parts={self.o_parts}: must be the {self.v_chunks} chunks of V")
         if self.o_buffers > self.o_parts or self.o_parts % self.o_buffers:
@@ -238,9 +238,9 @@ class ForwardConfig(ChunkedConfig):
 
     @property
     def integer_maxima(self) -> bool:
-        """Whether maxima of rows are found among integers, three at a time: 3 to 7% at head_dim 64 and 128 in
-        e4m3, 1 to 4% in 16 bits; 1 to 2% slower at 256, full e4m3 apart (H200, 2026-11-30)."""
-        return self.head_dim <= 128
+        """Whether maxima of rows are found among integers, three at a time: 1 to 7% at head_dim 64 and 128, at
+        256 1% where e4m3 has no mask, else 1 to 2% slower (H200, 2026-11-30)."""
+        return self.head_dim <= 128 or (self.fp8 and not self.Mask.masks.value)
 
     @property
     def q_layout(self):
@@ -294,13 +294,13 @@ class ForwardConfig(ChunkedConfig):
 
     @property
     def maxnreg(self) -> int:
-        """Registers per thread at launch: 3 or 4 warpgroups' worth (the producer warp is padded to one)."""
-        return 168 if self.num_consumers == 2 else 128
+        """Registers per thread at launch: 3 to 5 warpgroups' worth (the producer warp is padded to one)."""
+        return {2: 168, 3: 128, 4: 96}[self.num_consumers]
 
     @property
     def worker_registers(self) -> list[int]:
         """Registers of the partitions after the first, which gets what is left; multiples of 8."""
-        return [240, 24] if self.num_consumers == 2 else [160, 160, 32]
+        return {2: [240, 24], 3: [160, 160, 32], 4: [112, 112, 112, 24]}[self.num_consumers]
 
     def __str__(self) -> str:
         tile = f"{self.num_consumers}x{self.tile_m} rows x {self.tile_n} keys"

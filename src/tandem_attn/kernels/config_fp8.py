@@ -20,33 +20,34 @@ PROMOTE_FROM, PROMOTE_BLOCKS = 16384, 64
 # wgmma adds up all blocks where two consumers overlap: over so many keys it loses 2% of V's mean, no more.
 TWO_UP_TO = 2048
 
-# Two consumers of 64 rows with P V beside the scores of the next block, or three of them one after the other.
+# Two consumers of 64 rows with P V beside the scores of the next block; or up to four, one after the other.
 _TWO = dict(q_in_registers=True, lazy_rescale=True)
 _SERIAL = dict(serial=True, sum_by_wgmma=True, block_sums=True)
 _THREE = dict(_SERIAL, num_consumers=3)
+_FOUR = dict(_SERIAL, num_consumers=4, pingpong=False)
 
 # As _TUNED in config.py. Figures: TFLOPS on an H200, 2026-11-30 (notes/2026-11-30-fp8.md).
 _TUNED: dict[tuple[int, int], list[tuple[str, dict]]] = {
     (64, 64): [
         ("window", dict(_SERIAL, q_in_registers=True)),  # 192 rows hold too little of a window
-        # 512 tokens: 259, 1k: 353; three: 1k 313
+        # 512 tokens: 249, 1k: 346; four: 234, 344; three: 232, 308
         ("causal short", _TWO),
-        # 2k: 445, 8k: 577, 16k: 604; two at 2k: 431
-        ("causal", dict(_THREE, q_in_registers=True, pingpong=False, named_release=True)),
-        # 512: 417, 1k: 470, 4k: 575, 16k: 622; two: 1k 482, 2k 517; without block_sums, lazily rescaled: 16k
-        # 659
-        ("", dict(_THREE, q_in_registers=True, pingpong=False)),
+        # 2k: 472, 4k: 567, 8k: 625, 16k: 664; three: 444, 518, 590, 622; two at 2k: 427
+        ("causal", _FOUR),
+        # 512: 488, 1k: 569, 2k: 627, 4k: 662, 8k: 677, 16k: 687; three: 430, 490, 583, 611, 654, 664; two:
+        # 384, 448, 475, 490; three without block_sums, lazily rescaled: 8k 660
+        ("", _FOUR),
     ],
     (96, 96): [("", dict(_THREE, o_parts=3, pingpong=False))],
     (128, 128): [
         ("window", dict(_SERIAL, q_in_registers=True)),
-        # 512: 633 / 405, 1k: 765 / 584; these: 683 / 406, 809 / 579
+        # 1k: 783 / 569; three: 751 / 456
         ("short", _TWO),
-        # 2k: 696, 4k: 827, 8k: 950, 16k: 1013; without block_sums 8k 866, lazily rescaled too 879
+        # 2k: 674, 8k: 951; maxima of floats: 8k 939, without block_sums 866, lazily rescaled too 879
         ("causal long", dict(_THREE, pingpong=False)),
-        ("causal", _TWO),  # 2k: 727
-        # 2k: 919, 4k: 971, 8k: 995, 16k: 1010; two: 2k 885; without block_sums 16k 949, lazily rescaled too
-        # 965
+        ("causal", _TWO),  # 2k: 715
+        # 2k: 912, 8k: 1024; two: 2k 864; maxima of floats: 2k 889, 8k 988; 16k 1010, without block_sums 949,
+        # lazily rescaled too 965
         ("", dict(_THREE, pingpong=False)),
     ],
     (192, 128): [("", _SERIAL)],  # three consumers spill in masked loops

@@ -118,8 +118,8 @@ def quantize_config(spec: QuantizeSpec, programs: int = 0, measures: bool = Fals
     """The configuration for a question that takes so many programs.
 
     They start before the launch that they follow is over if the first of them, tiles of V, need not wait for
-    it, or if all are resident at once: else they would wait one by one, and what they read could not be loaded
-    along with their rows.
+    it, or if all are resident at once: else they would wait one by one, and what they read could not be
+    loaded along with their rows.
     """
     last_pass = spec.granularity != "block" and not measures
     follows = spec.smooth_k or spec.smooth_v or last_pass

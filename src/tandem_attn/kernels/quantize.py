@@ -268,8 +268,8 @@ def quantize_tiles(q, k, v, outputs, tables, cu_seqlens_q, cu_seqlens_k, seqused
     """Grid: tiles of all heads of v, then of k, then of q. Strides in units of 8 elements; the batch's are 0
     of packed tensors, whose seqlen is that of all sequences. Pointers that are not given point anywhere.
 
-    outputs: q, k, v_t, q_descale, k_descale, v_descale, lse_shift; tables: signs, what K's columns start with,
-    means of V, maxima of q, of k and of v, cos, sin.
+    outputs: q, k, v_t, q_descale, k_descale, v_descale, lse_shift; tables: signs, what K's columns start
+    with, means of V, maxima of q, of k and of v, cos, sin.
     """
     c: gl.constexpr = config.static
     signs, starts = tables[0], tables[1]

@@ -268,6 +268,8 @@ class Language:
 
     def inline_asm_elementwise(self, asm, constraints, args, dtype=None, is_pure=True, pack=1):
         """What these statements mean. A pair packed into 32 bits is a complex number, a quad a record."""
+        if "max.s32" in asm:
+            return _largest_of_threads(args[0])
         if "e4m3x2" in asm:
             return array(np.array(np.stack(args, -1)).view(QUAD)[..., 0])
         if asm == "mov.b32 $0, $1;" and pack == 4:
@@ -292,6 +294,15 @@ class Language:
             args[0].memory[where] += args[1]  # 1 where it draws at all
             return before if args[1] else DeviceInt(0)
         raise NotImplementedError(f"testing/plain.py does not know what this does: {asm}")
+
+
+def _largest_of_threads(bits):
+    """For each number of a wgmma accumulator the largest of its row that its thread has: of bits of floats,
+    which lie the other way round where they are negative."""
+    of_threads = np.asarray(bits).reshape(bits.shape[0], -1, 4, 2)
+    largest, smallest = (f(of_threads, (1, 3), keepdims=True) for f in (np.max, np.min))
+    found = np.where(largest < 0, smallest, largest)
+    return array(np.broadcast_to(found, of_threads.shape).reshape(bits.shape))
 
 
 def _jit(function=None, **options):
