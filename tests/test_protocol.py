@@ -158,18 +158,20 @@ def attention(q, k, v, problem):
     """One sequence in float64: (out, lse) of (rows, heads, dim)."""
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-    s = np.einsum("qhd,khd->hqk", q, k) * problem.plan.spec.softmax_scale
+    q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))  # by heads, as products of matrices
+    s = q @ k.swapaxes(1, 2) * problem.plan.spec.softmax_scale
     if problem.softcap:
         s = problem.softcap * np.tanh(s / problem.softcap)
-    place = np.arange(len(q))[:, None] + len(k) - len(q)
-    key, (left, right) = np.arange(len(k))[None], (problem.window.left, problem.window.right)
+    rows, keys = s.shape[1:]
+    place = np.arange(rows)[:, None] + keys - rows
+    key, (left, right) = np.arange(keys)[None], (problem.window.left, problem.window.right)
     seen = ((left < 0) | (key >= place - left)) & ((right < 0) | (key <= place + right))
     p = np.where(seen, np.exp(s), 0.0)
     total = p.sum(-1)
     with np.errstate(divide="ignore"):
         lse = np.log(total)
-    out = np.einsum("hqk,khd->qhd", p / np.where(total == 0, 1, total)[..., None], v)
-    return out, lse
+    out = p / np.where(total == 0, 1, total)[..., None] @ v
+    return out.transpose(1, 0, 2), lse
 
 
 def check(problem: Problem, seed: int, mutations=None) -> None:

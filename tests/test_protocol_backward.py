@@ -169,7 +169,9 @@ def expected_gradients(q, k, v, do, spec, rng):
     """((dq, dk, dv), lse in base 2, delta) of one sequence in float64; clears dO where no key is seen."""
     group = spec.group_size
     wide_k, wide_v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-    s = np.einsum("qhd,khd->hqk", q, wide_k) * spec.softmax_scale
+    # by heads, as products of matrices: einsum would take each sum by itself
+    of_q, of_do, of_k, of_v = (x.transpose(1, 0, 2) for x in (q, do, wide_k, wide_v))
+    s = of_q @ of_k.swapaxes(1, 2) * spec.softmax_scale
     slope = 1.0
     if spec.softcap:
         t = np.tanh(s / spec.softcap)
@@ -177,15 +179,15 @@ def expected_gradients(q, k, v, do, spec, rng):
     place = np.arange(len(q))[:, None] + len(k) - len(q)
     key, (left, right) = np.arange(len(k))[None], (spec.window.left, spec.window.right)
     seen = ((left < 0) | (key >= place - left)) & ((right < 0) | (key <= place + right))
-    do[~seen.any(1)] = 0  # as prepare_rows has it
+    do[~seen.any(1)] = 0  # as prepare_rows has it; of_do is the same memory
     p = np.where(seen, np.exp(s), 0.0)
     total = p.sum(-1)
     p = p / np.where(total == 0, 1, total)[..., None]
-    dp = np.einsum("qhd,khd->hqk", do, wide_v)
+    dp = of_do @ of_v.swapaxes(1, 2)
     delta = (p * dp).sum(-1) - rng.standard_normal(total.shape)  # with a gradient of lse
     ds = p * (dp - delta[..., None]) * slope * spec.softmax_scale
-    dq = np.einsum("hqk,khd->qhd", ds, wide_k)
-    dk, dv = np.einsum("hqk,qhd->khd", ds, q), np.einsum("hqk,qhd->khd", p, do)
+    dq = (ds @ of_k).transpose(1, 0, 2)
+    dk, dv = (x.transpose(1, 0, 2) for x in (ds.swapaxes(1, 2) @ of_q, p.swapaxes(1, 2) @ of_do))
     dk, dv = (x.reshape(len(k), spec.num_kv_heads, group, x.shape[-1]).sum(2) for x in (dk, dv))
     lse = np.where(total == 0, np.inf, np.log2(np.where(total == 0, 1, total)))
     return (dq, dk, dv), lse, np.where(total == 0, 0, delta)

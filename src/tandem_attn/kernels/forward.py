@@ -1,4 +1,4 @@
-"""FlashAttention-3 forward for sm_90a: one producer warp, two or three consumers (arXiv 2407.08608, alg. 2).
+"""FlashAttention-3 forward for sm_90a: one producer warp, two to four consumers (arXiv 2407.08608, alg. 2).
 
 One program per multiprocessor walks a list of tiles; a tile is 64 query rows per consumer of one head.
 

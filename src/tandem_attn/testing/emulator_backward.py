@@ -109,6 +109,8 @@ class Residents:
 
     def has_started(self, number: int) -> bool:
         """Start whom there is room for, and tell whether this program is among them."""
+        if number < self.started:
+            return True
         self.running = [program for program in self.running if not all(p.over for p in program)]
         while self.waiting and len(self.running) < self.limit:
             self.running.append(self.waiting.popleft())
