@@ -17,7 +17,7 @@ from tandem_attn.device.schedule import PlainTiles
 from tandem_attn.device.sequence import Dense
 from tandem_attn.kernels.config import SHARED_MEMORY, ForwardConfig
 from tandem_attn.testing.compile import Report, named_barriers, report, unfenced_stores
-from tandem_attn.testing.sass import register_use, tight_loops
+from tandem_attn.testing.sass import ambiguous_descriptors, register_use, tight_loops
 from tandem_attn.testing.shipped import Variant, distinct_variants, variants
 
 # Bytes of spill stores and loads in a whole kernel: prologue and epilogue, a few microseconds in all.
@@ -79,6 +79,7 @@ def test_compiles_within_the_limits(reports, version, name):
     for limit, used in made.register_use.items():
         assert used <= limit, "a warpgroup uses registers that it has given back"
     assert set(config.worker_registers) <= set(made.setmaxnreg), "registers are not handed over"
+    assert made.ambiguous_descriptors == 0, "wgmma reads what a way that was not taken should have set"
     assert made.unfenced_stores == 0
     assert max(made.named_barriers) < 8, "Triton's barriers meet those of device/turn.py"
 
@@ -166,6 +167,30 @@ def test_registers_are_counted_under_each_limit():
     assert register_use(text, 168) == {168: 25, 24: 25}  # R24 is the 25th
     text = text.replace("PRMT R1, R1, R1, R1", "LDG.E.128 R90, [R2]")
     assert register_use(text, 168) == {168: 25, 24: 94}
+
+
+DESCRIPTORS = """
+        /*0000*/                   UMOV UR4, URZ ;
+        /*0010*/                   ULDC.64 UR6, c[0x0][0x210] ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+        /*0030*/                   R2UR UR5, R2 ;
+.L_x_0:
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*0050*/               @P1 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_ambiguous_descriptors_are_counted():
+    """Of the second product UR5, which one way sets, whether or not it was set before."""
+    assert ambiguous_descriptors(DESCRIPTORS) == 1
+    before = DESCRIPTORS.replace("UMOV UR4, URZ", "UIADD3.64 UR4, UR8, 0x2, URZ")
+    assert ambiguous_descriptors(before) == 1
+    assert ambiguous_descriptors(before.replace("R2UR UR5, R2", "NOP")) == 0
+    assert ambiguous_descriptors(before.replace("R2UR UR5, R2", "@P1 UIADD3.X UR7, UP0, UR7, UR7")) == 2
+    assert ambiguous_descriptors(before.replace("R2UR UR5, R2", "ULDC.64 UR6, c[0x0][0x218]")) == 2
 
 
 def test_unfenced_stores_are_counted():

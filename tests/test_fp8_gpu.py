@@ -238,7 +238,7 @@ def test_constant_values(hopper, dims):
     tensors = by_reference(inputs)
     held = tensors.dequantized()[2][0, 0, 0]
     out = attended(tensors, inputs)[0].float()
-    # 128 (so few keys) and 256 are added up by wgmma alone, at 128 P counts as before it was rounded, too: see
+    # 128 (so few keys) and 256 are added up by wgmma alone, and at 128 P counts as before it was rounded: see
     # docs/kernels/fp8.md
     rtol = {64: 0.01, 128: 0.025, 256: 0.02}[dims[1]]
     torch.testing.assert_close(out, held.expand_as(out), rtol=rtol, atol=1e-6)
@@ -254,7 +254,7 @@ def test_largest_numbers_of_e4m3(hopper, dim):
     v[:, ::3] = -448.0
     out, lse = flash_attn_func(q, k, v.to(E4M3), return_attn_probs=True)
     expected = v.mean(1, keepdim=True).repeat_interleave(2, 2).expand_as(out)
-    # scores beyond a million are rounded to 1/4, so P is any number; at 128 it counts as before it was rounded
+    # scores beyond a million are rounded to 1/4, so P is any number, at 128 counted as before it was rounded
     rtol = 0.02 if dim == 64 else 0.0625
     torch.testing.assert_close(out.float(), expected, rtol=rtol, atol=0.0)
     torch.testing.assert_close(

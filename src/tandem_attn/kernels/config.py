@@ -238,8 +238,8 @@ class ForwardConfig(ChunkedConfig):
 
     @property
     def integer_maxima(self) -> bool:
-        """Whether maxima of rows are found among integers, three at a time: 1 to 7% at head_dim 64 and 128, at
-        256 1% where e4m3 has no mask, else 1 to 2% slower (H200, 2026-11-30)."""
+        """Whether maxima of rows are found among integers, three at a time: 1 to 7% at head_dim 64 and 128;
+        at 256 1% where e4m3 has no mask, else 1 to 2% slower (H200, 2026-11-30)."""
         return self.head_dim <= 128 or (self.fp8 and not self.Mask.masks.value)
 
     @property

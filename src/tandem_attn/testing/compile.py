@@ -35,7 +35,7 @@ from tandem_attn.device.sequence import LENGTHS
 from tandem_attn.kernels.config import ForwardConfig
 from tandem_attn.kernels.forward import attention_forward
 from tandem_attn.kernels.launch import forward_boxes
-from tandem_attn.testing.sass import Loop, register_use, tight_loops
+from tandem_attn.testing.sass import Loop, ambiguous_descriptors, register_use, tight_loops
 from tandem_attn.testing.shipped import Variant, variants
 
 
@@ -51,6 +51,7 @@ class Report:
     shared_memory: int  # bytes
     tight_loops: list[Loop]
     named_barriers: tuple[int, ...]  # hardware barriers that Triton's own synchronisation uses by number
+    ambiguous_descriptors: int  # of wgmma, what they hold depends on the way: see sass.py
     unfenced_stores: int  # TMA stores of shared memory written since the last proxy fence
     setmaxnreg: tuple[int, ...]  # the register counts that warpgroups ask for
 
@@ -131,6 +132,7 @@ def compiled(source: GluonASTSource, **options) -> tuple[dict, str]:
         shared_memory=kernel.metadata.shared,
         tight_loops=tight_loops(sass),
         named_barriers=named_barriers(ptx),
+        ambiguous_descriptors=ambiguous_descriptors(sass),
         unfenced_stores=unfenced_stores(ptx),
         setmaxnreg=tuple(sorted({int(n) for n in re.findall(r"setmaxnreg\S*\s+(\d+)", ptx)})),
     )

@@ -14,6 +14,10 @@ _LABEL = re.compile(r"\s*(\.L_\S+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _GUARD = re.compile(r"@!?U?P\d+\s+")
 _TARGET = re.compile(r"\.L_x?_?\w+")
+_UNIFORM_WRITE = re.compile(
+    r"(@!?U?P\w+\s+)?((?:U(?!TMA|SETMAXREG|ISETP|PLOP3)|R2UR|S2UR)\S*)\s+(?:!?UP\w+,\s+)*UR(\d+)\b"
+)
+_DESCRIPTORS = re.compile(r"\b[HQ]GMMA\S* R\d+, (R\d+, )?gdesc\[UR(\d+)\]")
 _LEAVES = ("EXIT", "RET", "BRX", "BRXU", "JMX", "KILL")  # and an unguarded BRA
 
 
@@ -81,6 +85,63 @@ def register_use(sass: str, at_start: int) -> dict[int, int]:
                 used[limit] = max(used[limit], _highest(text) + 1)
             current = {n} if (n := _limit(text)) else current
     return used
+
+
+def ambiguous_descriptors(sass: str) -> int:
+    """How many uniform registers a wgmma takes as part of a descriptor hold there what one of several
+    instructions wrote, depending on the way that was taken.
+
+    ptxas (CUDA 12.8, with Triton 3.6) once set the registers of a descriptor only on the way through a loop
+    that a packed sequence may skip: head_dim 256, e4m3, 2026-11-30. Of all kernels only that one had such.
+    """
+    blocks, edges = control_flow(sass)
+    before = _reaching_writes(blocks, edges)
+    found = 0
+    for b, code in enumerate(blocks):
+        current = dict(before[b])
+        for i, text in enumerate(code):
+            found += sum(len(current.get(u, ())) > 1 for u in _descriptor_registers(text))
+            _write(current, b, i, text)
+    return found
+
+
+def _reaching_writes(blocks: list[list[str]], edges: dict[int, set[int]]) -> list[dict[int, frozenset]]:
+    """For each block: uniform register -> where it may have been written last when the block begins."""
+    before: list[dict[int, frozenset]] = [{} for _ in blocks]
+    before[0] = {u: frozenset({(0, -1)}) for u in range(64)}  # whatever was there
+    waiting = [0, *range(len(blocks))]
+    while waiting:
+        b = waiting.pop()
+        after = dict(before[b])
+        for i, text in enumerate(blocks[b]):
+            _write(after, b, i, text)
+        for c in edges[b]:
+            merged = {u: before[c].get(u, frozenset()) | writes for u, writes in after.items()}
+            if any(merged[u] != before[c].get(u) for u in merged):
+                before[c].update(merged)
+                waiting.append(c)
+    return before
+
+
+def _write(current: dict[int, frozenset], b: int, i: int, text: str) -> None:
+    """Note what instruction i of block b writes; under a guard it may leave what was there."""
+    found = _UNIFORM_WRITE.match(text)
+    if not found:
+        return
+    guard, name, first = found.groups()
+    for u in range(int(first), int(first) + (2 if ".64" in name or "WIDE" in name else 1)):
+        current[u] = frozenset({(b, i)}) | (current.get(u, frozenset()) if guard else frozenset())
+
+
+def _descriptor_registers(text: str) -> list[int]:
+    """Uniform registers of the descriptors of a wgmma: two for the left operand if that is in shared memory,
+    and two for the right one, which lie behind."""
+    found = _DESCRIPTORS.search(text)
+    if not found:
+        return []
+    left_in_registers, first = found.groups()
+    u = int(first)
+    return [u + 2, u + 3] if left_in_registers else [u, u + 1, u + 2, u + 3]
 
 
 def _limit(text: str) -> int | None:
