@@ -76,6 +76,7 @@ def test_compiles_within_the_limits(reports, version, name):
     assert made.stack_bytes <= known
     assert made.spills_of_tiles == SPILLS_OF_TILES.get((version, name), 0)
     assert not made.warnings
+    assert made.ambiguous_descriptors == 0
     if variant.combines:
         assert made.shared_memory <= 8 * 1024
     else:

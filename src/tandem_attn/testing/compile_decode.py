@@ -31,7 +31,7 @@ from tandem_attn.kernels.launch_decode import box_of
 from tandem_attn.spec import E4M3
 from tandem_attn.spec_decode import New
 from tandem_attn.testing.compile import always_compile, command_line, descriptor_type, disassembled, explained
-from tandem_attn.testing.sass import tight_loops
+from tandem_attn.testing.sass import ambiguous_descriptors, tight_loops
 from tandem_attn.testing.shipped_decode import DecodeVariant, decode_variants, plan_of
 
 POINTERS = {"lse_ptr": "*fp32", "o_part": "*fp32", "l_part": "*fp32", "counters": "*i32"}
@@ -51,6 +51,7 @@ class DecodeReport:
     shared_memory: int  # bytes
     hmma: int  # mma.sync instructions
     hgmma: int  # wgmma instructions
+    ambiguous_descriptors: int  # of wgmma, what they hold depends on the way: see sass.py
 
     @classmethod
     def from_json(cls, fields: dict) -> DecodeReport:
@@ -170,6 +171,7 @@ def decode_report(variant: DecodeVariant) -> DecodeReport:
         shared_memory=kernel.metadata.shared,
         hmma=len(re.findall(r"\bHMMA\.", sass)),
         hgmma=len(re.findall(r"\bHGMMA\.", sass)),
+        ambiguous_descriptors=ambiguous_descriptors(sass),
     )
 
 
