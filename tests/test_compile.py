@@ -173,7 +173,7 @@ DESCRIPTORS = """
         /*0000*/                   UMOV UR4, URZ ;
         /*0010*/                   ULDC.64 UR6, c[0x0][0x210] ;
         /*0020*/              @!P0 BRA `(.L_x_1) ;
-        /*0030*/                   R2UR UR5, R2 ;
+        /*0030*/                   UIADD3.X UR5, UR9, UR8, URZ, UP0, !UPT ;
 .L_x_0:
         /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
         /*0050*/               @P1 BRA `(.L_x_0) ;
@@ -188,9 +188,14 @@ def test_ambiguous_descriptors_are_counted():
     assert ambiguous_descriptors(DESCRIPTORS) == 1
     before = DESCRIPTORS.replace("UMOV UR4, URZ", "UIADD3.64 UR4, UR8, 0x2, URZ")
     assert ambiguous_descriptors(before) == 1
-    assert ambiguous_descriptors(before.replace("R2UR UR5, R2", "NOP")) == 0
-    assert ambiguous_descriptors(before.replace("R2UR UR5, R2", "@P1 UIADD3.X UR7, UP0, UR7, UR7")) == 2
-    assert ambiguous_descriptors(before.replace("R2UR UR5, R2", "ULDC.64 UR6, c[0x0][0x218]")) == 2
+    written = "UIADD3.X UR5, UR9, UR8, URZ, UP0, !UPT"
+    for instead, count in {
+        "NOP": 0,
+        "R2UR UR5, R2": 0,
+        "@P1 UIADD3.X UR7, UP0, UR7, UR7": 2,
+        "ULDC.64 UR6, c[0x0][0x218]": 2,
+    }.items():
+        assert ambiguous_descriptors(before.replace(written, instead)) == count
 
 
 def test_unfenced_stores_are_counted():

@@ -21,6 +21,9 @@ CHOICES = {
     "three, O by wgmma": dict(serial=True, num_consumers=3, sum_by_wgmma=True, o_parts=2, o_buffers=2),
     "three, plain sums": dict(serial=True, num_consumers=3, q_stages=2, pingpong=False, block_sums=True),
     "four": dict(serial=True, num_consumers=4, sum_by_wgmma=True, block_sums=True, pingpong=False),
+    "two, Q for each block": dict(
+        serial=True, sum_by_wgmma=True, q_stages=2, o_parts=2, head_dim=256, head_dim_v=256
+    ),
     "two, aside": dict(promote=1),
 }
 

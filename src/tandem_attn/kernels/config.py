@@ -237,6 +237,13 @@ class ForwardConfig(ChunkedConfig):
         return 8.0 - self.lazy_step * self.lazy_rescale if self.fp8 else 0.0
 
     @property
+    def q_for_each_block(self) -> bool:
+        """Whether descriptors of Q are made for every block of keys. If they are made before each loop, ptxas
+        takes them for those of the loop before, which may have been skipped (CUDA 12.8; testing/sass.py,
+        ambiguous_descriptors). Of all kernels only these were wrong."""
+        return self.serial and self.head_dim == 256 and self.Mask.masks.value
+
+    @property
     def integer_maxima(self) -> bool:
         """Whether maxima of rows are found among integers, three at a time: 1 to 7% at head_dim 64 and 128;
         at 256 1% where e4m3 has no mask, else 1 to 2% slower (H200, 2026-11-30)."""

@@ -20,7 +20,7 @@ from tandem_attn.device.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from tandem_attn.device.pieces import finished, start_sum, zeros
+from tandem_attn.device.pieces import finished, hidden, start_sum, zeros
 from tandem_attn.device.precision import pack_probabilities, unpack_operand
 from tandem_attn.device.ring import first_fill
 from tandem_attn.device.softmax import rescale_factor, thread_sum
@@ -40,8 +40,10 @@ from tandem_attn.kernels.forward_tile import (
 
 @gluon.jit
 def _scores(problem, shared, group: gl.constexpr, q, j):
-    """S = Q K_j^T, and K_j handed back."""
+    """S = Q K_j^T, and K_j handed back. q: Q, or its slot where it is looked up for every block."""
     c: gl.constexpr = problem.config.static
+    if c.q_for_each_block:
+        q = take_q(problem, shared, q + hidden(0))
     shared.k.wait(j)
     if c.pingpong:
         take_turn(group)
@@ -151,7 +153,7 @@ def serial_consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse
         slot = tile % c.q_stages * c.num_consumers + group
         head = shared.mailbox.receive(slot, 1)
         sequence = sequences.receive(shared.mailbox, slot)
-        q = take_q(problem, shared, slot)
+        q = slot if c.q_for_each_block else take_q(problem, shared, slot)
         if c.q_in_registers:
             fence_async_shared()  # see forward.py
             mbarrier.arrive(shared.q_empty.index(slot), count=1)

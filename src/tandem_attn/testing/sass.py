@@ -89,7 +89,8 @@ def register_use(sass: str, at_start: int) -> dict[int, int]:
 
 def ambiguous_descriptors(sass: str) -> int:
     """How many uniform registers a wgmma takes as part of a descriptor hold there what one of several
-    instructions wrote, depending on the way that was taken.
+    instructions wrote, depending on the way that was taken. R2UR does not count: it brings back what was put
+    aside in another register.
 
     ptxas (CUDA 12.8, with Triton 3.6) once set the registers of a descriptor only on the way through a loop
     that a packed sequence may skip: head_dim 256, e4m3, 2026-11-30. Of all kernels only that one had such.
@@ -100,7 +101,9 @@ def ambiguous_descriptors(sass: str) -> int:
     for b, code in enumerate(blocks):
         current = dict(before[b])
         for i, text in enumerate(code):
-            found += sum(len(current.get(u, ())) > 1 for u in _descriptor_registers(text))
+            for u in _descriptor_registers(text):
+                writes = [(c, j) for c, j in current.get(u, ()) if j < 0 or "R2UR" not in blocks[c][j]]
+                found += len(writes) > 1
             _write(current, b, i, text)
     return found
 
