@@ -241,7 +241,8 @@ class ForwardConfig(ChunkedConfig):
         """Whether descriptors of Q are made for every block of keys. If they are made before each loop, ptxas
         takes them for those of the loop before, which may have been skipped (CUDA 12.8; testing/sass.py,
         ambiguous_descriptors). Of all kernels only these were wrong."""
-        return self.serial and self.head_dim == 256 and self.Mask.masks.value
+        in_shared = self.serial and not self.q_in_registers
+        return in_shared and self.head_dim == 256 and self.Mask.masks.value
 
     @property
     def integer_maxima(self) -> bool:
