@@ -20,20 +20,16 @@ def thread_sum(p):
 @gluon.constexpr_function
 def _largest_asm(n):
     """Of n floats of which pairs belong to two rows in turn: outputs 0 and 2 become the rows' maxima."""
-    lines = [".reg .pred p, q; .reg .b32 a, b, c, d;"]
-    for x, y, first in (("a", "c", 0), ("b", "d", 2)):
-        for op, to in (("max", x), ("min", y)):
-            mine = [f"${n + i + j}" for i in range(first, n, 4) for j in (0, 1)]
-            chain = [f"{op}.s32 {to}, {mine[0]}, {mine[1]};"]
-            chain += [f"{op}.s32 {to}, {to}, {i};" for i in mine[2:]]
-            lines.append((op, "".join(chain)))
-    head, *chains = lines
-    largest = "".join(text for op, text in chains if op == "max")
-    nearest = "".join(text for op, text in chains if op == "min")
+
+    def chain(op, to, row):
+        first, second, *rest = (f"${n + i + j}" for i in range(2 * row, n, 4) for j in (0, 1))
+        return f"{op}.s32 {to}, {first}, {second};" + "".join(f"{op}.s32 {to}, {to}, {x};" for x in rest)
+
     return (
-        f"{{ {head} {largest} min.s32 c, a, b; setp.lt.s32 p, c, 0; vote.sync.any.pred p, p, 0xffffffff;"
-        f" @!p bra.uni SKIP; {nearest} setp.lt.s32 p, a, 0; selp.b32 a, c, a, p; setp.lt.s32 q, b, 0;"
-        " selp.b32 b, d, b, q; SKIP: mov.b32 $0, a; mov.b32 $2, b; }"
+        f"{{ .reg .pred p, q; .reg .b32 a, b, c, d; {chain('max', 'a', 0)}{chain('max', 'b', 1)}"
+        " min.s32 c, a, b; setp.lt.s32 p, c, 0; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni SKIP;"
+        f" {chain('min', 'c', 0)}{chain('min', 'd', 1)} setp.lt.s32 p, a, 0; selp.b32 a, c, a, p;"
+        " setp.lt.s32 q, b, 0; selp.b32 b, d, b, q; SKIP: mov.b32 $0, a; mov.b32 $2, b; }"
     )
 
 

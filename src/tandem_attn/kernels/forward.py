@@ -386,14 +386,14 @@ def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_
             (_consumer, (0, problem, shared, sequences, o_desc, lse_ptr)),
             (_consumer, (1, problem, shared, sequences, o_desc, lse_ptr)),
             (_producer, (problem, shared, sequences, schedule, counter, q_desc, k_desc, v_desc)),
-        ], [4, 1], [240, 24])  # fmt: skip
+        ], [4, 1], c.worker_registers)  # fmt: skip
     elif c.num_consumers == 3:
         gl.warp_specialize([
             (_consumer, (0, problem, shared, sequences, o_desc, lse_ptr)),
             (_consumer, (1, problem, shared, sequences, o_desc, lse_ptr)),
             (_consumer, (2, problem, shared, sequences, o_desc, lse_ptr)),
             (_producer, (problem, shared, sequences, schedule, counter, q_desc, k_desc, v_desc)),
-        ], [4, 4, 1], [160, 160, 32])  # fmt: skip
+        ], [4, 4, 1], c.worker_registers)  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (0, problem, shared, sequences, o_desc, lse_ptr)),
@@ -401,4 +401,4 @@ def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_seqlens_q, cu_
             (_consumer, (2, problem, shared, sequences, o_desc, lse_ptr)),
             (_consumer, (3, problem, shared, sequences, o_desc, lse_ptr)),
             (_producer, (problem, shared, sequences, schedule, counter, q_desc, k_desc, v_desc)),
-        ], [4, 4, 4, 1], [112, 112, 112, 24])  # fmt: skip
+        ], [4, 4, 4, 1], c.worker_registers)  # fmt: skip
