@@ -400,24 +400,29 @@ def test_autocast_does_not_round_its_sums():
 
 # Memory linear in length
 
+# The peak of the process itself: getrusage's would begin with that of the process which started it, this one.
 _MEMORY = """
-import resource, sys, torch
+import pathlib, re, sys, torch
 import tandem_attn
 q, k, v = (torch.randn(1, 16384, 1, 64, requires_grad=sys.argv[1] == "backward") for _ in range(3))
 out = tandem_attn.flash_attn_func(q, k, v, causal=True)
 if sys.argv[1] == "backward":
     out.sum().backward()
     assert q.grad.isfinite().all()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+status = pathlib.Path("/proc/self/status").read_text()
+print(int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]) // 1024)
 """
 
 
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="a process's peak is read from Linux's /proc"
+)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_16k_by_16k_stays_under_2_gb(direction):
+def test_16k_by_16k_stays_under_1_gb(direction):
     source = pathlib.Path(tandem_attn.__file__).parents[1]
     command = [sys.executable, "-c", _MEMORY, direction]
     environment = {"PYTHONPATH": str(source), "TANDEM_BACKEND": "reference", "PATH": ""}
     environment |= {"OMP_NUM_THREADS": "1"}  # more of them would spin and share the same tensors
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 2048, f"peak {done.stdout} MB; the scores alone would be 1 GB in float32"
+    assert int(done.stdout) < 1024, f"peak {done.stdout} MB; the scores alone would be 1 GB in float32"
