@@ -233,9 +233,9 @@ def test_a_transposition_is_checked_key_by_key():
 
 
 @functools.cache
-def row_error(row: str) -> float:
+def row_error(row: str, inputs: str = "outliers") -> float:
     """RMSE of a row of the table at the size of the smoke test."""
-    record = fp8_accuracy.measure_recipe(case_named(f"smoke-outliers-{row}"), CPU, SETTINGS)
+    record = fp8_accuracy.measure_recipe(case_named(f"smoke-{inputs}-{row}"), CPU, SETTINGS)
     return record["results"]["error"]["rmse"]
 
 
@@ -253,6 +253,28 @@ def row_error(row: str) -> float:
 )
 def test_what_is_done_for_accuracy_helps(better, worse):
     assert row_error(better) < row_error(worse)
+
+
+def test_means_cost_the_papers_recipe_accuracy_and_the_smoothed_ones_none():
+    around = functools.partial(row_error, inputs="means")
+    assert around("fp8-paper") > 1.5 * row_error("fp8-paper")
+    assert around("fp8-full") < 0.8 * around("fp8-paper"), "K's mean is off"
+    assert around("fp8-v-mean-off") < around("fp8-full"), "V's, too"
+    assert around("fp8-v-mean-off") == pytest.approx(row_error("fp8-v-mean-off"), rel=0.05)
+
+
+def test_means_are_of_channels_of_k_and_v():
+    one = case_named("smoke-means-fp16")
+    (plain, _), (moved, right) = (
+        fp8_accuracy.outliers(one.case, CPU, means) for means in (fp8_cases.NO_MEANS, one.means)
+    )
+    for a, b, deviation in zip(plain, moved, (0.0, one.means.k, one.means.v), strict=True):
+        apart = b - a
+        torch.testing.assert_close(apart, apart[:1, :1].expand_as(apart))
+        assert float(apart.square().mean().sqrt()) == pytest.approx(deviation, rel=0.15)
+    record = fp8_accuracy.measure_recipe(case_named("smoke-means-fp8-full"), CPU, SETTINGS)
+    assert record["paper"] is None
+    assert set(record["results"]) == {"error"}, "speed does not depend on means"
 
 
 def test_errors_are_of_the_size_of_the_papers():

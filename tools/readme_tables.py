@@ -382,6 +382,17 @@ def fp8_recipes(document: dict, records: list[dict]) -> list[str]:
     return [*lines, "", f"Inputs N(0, 1) + N(0, 100) Bernoulli(0.001), error against float64; {shape}, full."]
 
 
+def fp8_means(document: dict, records: list[dict]) -> list[str]:
+    """A row per recipe: error where channels of K and V lie around something."""
+    body = [
+        [record["row"], record["recipe"], _fp8_cell(record["results"]["error"], "rmse", _error)]
+        for record in records
+    ]
+    means = records[0]["means"]
+    around = f"of K around N(0, {means['k'] ** 2:g}), of V around N(0, {means['v'] ** 2:g})"
+    return [*markdown(["", "recipe", "RMSE"], body), "", f"The same, channels {around}."]
+
+
 def fp8_lengths(document: dict, records: list[dict]) -> list[str]:
     """A row per way of answering, a column per number of keys: relative error."""
     names = dict.fromkeys(name for record in records for name in record["results"])
@@ -449,6 +460,7 @@ FP8 = {
     "grid": fp8_grid,
     "quantize": fp8_quantize,
     "recipes": fp8_recipes,
+    "means": fp8_means,
     "lengths": fp8_lengths,
     "needle": fp8_needle,
     "cache": fp8_cache,

@@ -16,7 +16,7 @@ import torch
 import tandem_attn
 from tandem_attn.bench import fp8_speed, tflops
 from tandem_attn.bench.cases import BenchCase, flops
-from tandem_attn.bench.fp8_cases import ROWS, LengthCase, NeedleCase, RecipeCase, Row
+from tandem_attn.bench.fp8_cases import NO_MEANS, ROWS, LengthCase, Means, NeedleCase, RecipeCase, Row
 from tandem_attn.bench.fp8_check import require_near, rms
 from tandem_attn.bench.fp8_speed import BF16, OURS, TOTAL
 from tandem_attn.bench.options import Settings
@@ -80,31 +80,38 @@ def _caught(measure, *args) -> dict:
 
 
 @functools.lru_cache(maxsize=1)  # the rows of a table come one after the other
-def outliers(case: Case, device: torch.device, seed: int = 0) -> tuple[tuple, torch.Tensor]:
-    """Float64 (q, k, v) with outliers, and attention over them."""
+def outliers(
+    case: Case, device: torch.device, means: Means = NO_MEANS, seed: int = 0
+) -> tuple[tuple, torch.Tensor]:
+    """Float64 (q, k, v) with outliers, K and V around such means, and attention over them."""
     generator, numbers = _normal(case, device, seed)
     more = dict(generator=generator, dtype=torch.float64, device=device)
     for x in numbers:
         x += OUTLIER * torch.randn(x.shape, **more) * (torch.rand(x.shape, **more) < OUTLIERS)
+    for x, deviation in zip(numbers[1:], (means.k, means.v), strict=True):
+        x += deviation * torch.randn((1, 1, *x.shape[2:]), **more)
     return tuple(numbers), _attention(case, numbers)
 
 
 def measure_recipe(one: RecipeCase, device: torch.device, settings: Settings) -> dict:
-    """A row of the paper's table as a JSON object, with its speed at the same shape on normal inputs."""
+    """A row of the paper's table as a JSON object, with its speed at the same shape on normal inputs, which
+    does not depend on means."""
     row = ROWS[one.row]
     case = dataclasses.replace(one.case, dtype=row.dtype)
-    record = {"kind": "recipe", "group": one.group, "id": one.id, "row": one.row, "paper": row.paper}
+    of_paper = one.means == NO_MEANS
+    record = {"kind": "recipe", "group": one.group, "id": one.id, "row": one.row}
+    record |= {"paper": row.paper if of_paper else None, "means": dataclasses.asdict(one.means)}
     record |= {"recipe": "" if row.recipe is None else str(row.recipe), "flops": flops(case)}
     record["question"] = tflops.question(BenchCase(one.group, one.id, case))
-    found = {"error": _caught(_error, row, one.case, device, settings.checked)}
-    if not row.standard:
+    found = {"error": _caught(_error, row, one, device, settings.checked)}
+    if of_paper and not row.standard:
         found |= _caught_speed(row, case, device, settings)
     return record | {"results": found}
 
 
-def _error(row: Row, case: Case, device: torch.device, checked: bool) -> dict:
-    numbers, right = outliers(case, device)
-    return errors(checked_answer(row, case, numbers, checked), right)
+def _error(row: Row, one: RecipeCase, device: torch.device, checked: bool) -> dict:
+    numbers, right = outliers(one.case, device, one.means)
+    return errors(checked_answer(row, one.case, numbers, checked), right)
 
 
 def errors(out: torch.Tensor, right: torch.Tensor) -> dict:

@@ -98,14 +98,21 @@ def _quantize(records: list[dict]) -> Table:
 
 
 def _recipes(records: list[dict]) -> Table:
-    header = ["row", "RMSE", "paper", "/ RMS", "worst", "TFLOPS", "with quantization"]
+    header = ["case", "RMSE", "paper", "/ RMS", "worst", "TFLOPS", "with quantization"]
     rows = []
     for record in records:
         found = record["results"]
-        row = [record["row"], *(_cell(found["error"], key, _of_one) for key in ("rmse", "relative", "worst"))]
+        row = [record["id"], *(_cell(found["error"], key, _of_one) for key in ("rmse", "relative", "worst"))]
         row.insert(2, "" if record["paper"] is None else _of_one(record["paper"]))
         rows.append([*row, *(report.cell(found.get(what)) for what in ("speed", "speed_total"))])
-    return f"error on inputs with outliers, {_shape(records[0]['question'])}", header, rows
+    shapes = dict.fromkeys(f"{_shape(r['question'])}{_around(r['means'])}" for r in records)
+    return f"error on inputs with outliers, {'; '.join(shapes)}", header, rows
+
+
+def _around(means: dict) -> str:
+    if not any(means.values()):
+        return ""
+    return f", channels of K around N(0, {means['k']:g}^2), of V around N(0, {means['v']:g}^2)"
 
 
 def _shape(asked: dict) -> str:
