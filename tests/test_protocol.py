@@ -230,7 +230,7 @@ def test_programs_without_a_tile_end():
 
 FAULTS = {
     "a skipped block is handed back before it has landed": {
-        "        shared.k.wait(it + i)\n        shared.v.wait(it + i)\n": ""
+        "        shared.k.wait(tile.it + i)\n        shared.v.wait(tile.it + i)\n": ""
     },
     "K is handed back while its scores are computed": {
         "    s = warpgroup_mma_wait(c.v_chunks, deps=(s_started,))\n    shared.k.release(j)\n": (
@@ -264,21 +264,19 @@ FAULTS = {
         "        shared.mailbox.send(slot, 0, m_start)\n": "        shared.mailbox.send(slot, 0, m_start)\n"
     },
     "Q is handed back before it is read": {
-        "        q = take_q(problem, shared, slot)\n        if c.q_in_registers:\n": "        if True:\n",
-        "        m_start = m_tile + group * c.tile_m\n": (
-            "        q = take_q(problem, shared, slot)\n        m_start = m_tile + group * c.tile_m\n"
-        ),
-        "        if not c.q_in_registers:\n": "        if False:\n",
+        "    q = ()\n    for i": "    _hand_back(shared, slot)\n    q = ()\n    for i",
+        "        fence_async_shared()\n        _hand_back(shared, slot)\n": "        pass\n",
+        "    if not problem.config.q_in_registers:\n": "    if False:\n",
     },
     "the first K is loaded twice": {"if i >= begin_k:": "if i >= 0:"},
     "phases start one round off": {"return 2 * num_stages": "return num_stages"},
     "nobody has the first turn": {"if c.pingpong and group == c.num_consumers - 1:": "if False:"},
-    "blocks are miscounted": {"it += n_blocks\n        tile += 1\n        slot": "tile += 1\n        slot"},
+    "blocks are miscounted": {"it += n_blocks\n        tile += 1\n": "tile += 1\n"},
     "the end is not told": {"        shared.mailbox.send(slot, 0, END_OF_TILES)\n": ""},
     "O of the tile before is added up": {"previous.blocks > 1": "True"},
     "the first O is added up": {"i > second, masked": "True, masked"},
     "rows of the new tile get O of the old": {
-        "previous = Finished(sequence, head, m_start,": (
+        "previous = Finished(sequence, head, of.m_start,": (
             "previous = Finished(sequence, head, previous.m_start,"
         )
     },
@@ -310,7 +308,7 @@ FAULTS = {
         'row_max = gl.full_like(state.row_max, float("-inf"))': "row_max = state.row_max",
     },
     "serial: a consumer leaves before its O has been read": {
-        "mailbox.receive(slot, 0)\n    tma_store_wait(0)\n": "mailbox.receive(slot, 0)\n"
+        "group, tile)\n    tma_store_wait(0)\n": "group, tile)\n"
     },
     "chunks: what is kept aside is forgotten": {
         "gl.load(_places_aside(problem, group, n))": "0.0 * unit[:, None]"

@@ -156,7 +156,7 @@ FAULTS = {
     "q's factor of the wrong block": {"+ m_block) * self.block_step": "+ 0) * self.block_step"},
     "k's factor of the wrong block": {"gl.load(self.k + n_block": "gl.load(self.k + 0 * n_block"},
     "v's unit never changes": {"alpha * (self.unit(before) / self.unit(n_block))": "alpha"},
-    "O is in the unit of another block": {"precision.unit(n_end - n_blocks)": "precision.unit(n_end - 1)"},
+    "O is in the unit of another block": {"unit(of.n_end - n_blocks)": "unit(of.n_end - 1)"},
     "factors of another sequence": {"return self.batch * (1 - block_step)": "return self.batch * 0"},
     "factors of another head": {"self.num_kv_heads + kv_head)": "self.num_kv_heads + 0 * kv_head)"},
     "lse is not corrected": {"* (self.scale * LN2)": "* 0.0"},

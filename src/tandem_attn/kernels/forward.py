@@ -39,12 +39,16 @@ from tandem_attn.kernels.forward_tile import (
     Problem,
     Shared,
     State,
-    Tile,
     by_row,
     empty_state,
     epilogue,
+    hand_back_q,
     in_chunks,
+    key_blocks,
+    next_tile,
+    open_rings,
     scores_in_base_2,
+    slot_of,
     start_scores,
     take_q,
 )
@@ -158,22 +162,22 @@ def _first_blocks(problem, shared, group: gl.constexpr, tile, q, state, first, e
 
 
 @gluon.jit
-def _skipped_blocks(problem, shared, group: gl.constexpr, mask, it, n_blocks, n_end, m_start):
+def _skipped_blocks(problem, shared, group: gl.constexpr, mask, tile, n_blocks):
     """Hand back unread the blocks at the diagonal that no row of this consumer may see; how many they are.
 
     Each is waited for all the same: a phase must not be lapped.
     """
     c: gl.constexpr = problem.config.static
-    own_end, own, right_edge, left_edge = mask.key_blocks(m_start, m_start + c.tile_m, c.tile_n)
-    skipped = gl.minimum(n_end - own_end, n_blocks - 1)
+    own_end, own, right_edge, left_edge = mask.key_blocks(tile.m_start, tile.m_start + c.tile_m, c.tile_n)
+    skipped = gl.minimum(tile.n_end - own_end, n_blocks - 1)
     for i in range(skipped):
-        shared.k.wait(it + i)
-        shared.v.wait(it + i)
+        shared.k.wait(tile.it + i)
+        shared.v.wait(tile.it + i)
         if c.pingpong:
             take_turn(group)
             pass_turn(group, c.num_consumers)
-        shared.k.release(it + i)
-        shared.v.release(it + i)
+        shared.k.release(tile.it + i)
+        shared.v.release(tile.it + i)
     return skipped
 
 
@@ -182,7 +186,7 @@ def _send_tile(problem, shared, sequences, q_desc, sequence, tile, m_start, head
     """Mail a tile to the consumers, each with its rows of Q."""
     c: gl.constexpr = problem.config.static
     for group in gl.static_range(c.num_consumers):
-        slot = tile % c.q_stages * c.num_consumers + group
+        slot = slot_of(problem, group, tile)
         mbarrier.wait(shared.q_empty.index(slot), (tile // c.q_stages & 1) ^ 1)
         shared.mailbox.send(slot, 0, m_start)
         shared.mailbox.send(slot, 1, head)
@@ -239,7 +243,7 @@ def _producer(problem, shared, sequences, schedule, counter, q_desc, k_desc, v_d
         tile += 1
     close_numbers(schedule, counter, t)
     for group in gl.static_range(c.num_consumers):
-        slot = tile % c.q_stages * c.num_consumers + group
+        slot = slot_of(problem, group, tile)
         mbarrier.wait(shared.q_empty.index(slot), (tile // c.q_stages & 1) ^ 1)
         shared.mailbox.send(slot, 0, END_OF_TILES)
         mbarrier.arrive(shared.q_full.index(slot), count=1)
@@ -249,34 +253,21 @@ def _producer(problem, shared, sequences, schedule, counter, q_desc, k_desc, v_d
 def _overlapping_consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse_ptr):
     c: gl.constexpr = problem.config.static
     state = empty_state(problem)
-    shared.k.release_all()
-    shared.v.release_all()
-    if c.pingpong and group == c.num_consumers - 1:
-        pass_turn(group, c.num_consumers)
+    open_rings(problem, shared, group)
     it = first_fill(c.num_stages) + 0
     tile = 0
-    mbarrier.wait(shared.q_full.index(group), 0)
-    m_tile = shared.mailbox.receive(group, 0)
+    m_tile = next_tile(problem, shared, group, 0)
     head = shared.mailbox.receive(group, 1)
     previous = Finished(sequences.receive(shared.mailbox, group), head, m_tile, tile, gl.to_tensor(1.0))
     while m_tile >= 0:
-        slot = tile % c.q_stages * c.num_consumers + group
+        slot = slot_of(problem, group, tile)
         head = shared.mailbox.receive(slot, 1)
         sequence = sequences.receive(shared.mailbox, slot)
         q = take_q(problem, shared, slot)
-        if c.q_in_registers:
-            # The loads may still be under way, and TMA writes the next Q past them (another proxy): without
-            # the fence one call in twelve of (40, 700, 8, 128) causal had a wrong row (H200, 2026-11-25).
-            fence_async_shared()
-            mbarrier.arrive(shared.q_empty.index(slot), count=1)
-        m_start = m_tile + group * c.tile_m
-        mask = problem.mask(sequence)
-        n_end, n_blocks, right_edge, left_edge = mask.key_blocks(m_tile, m_tile + c.tile_rows, c.tile_n)
+        of, n_blocks, right_edge, left_edge = key_blocks(problem, group, sequence, head, m_tile, it)
         first = 0
         if c.skip:
-            first = _skipped_blocks(problem, shared, group, mask, it, n_blocks, n_end, m_start)
-        precision = problem.precision.of(sequence, head, divided(head, problem.group_size_magic), m_start)
-        of = Tile(sequence.seqlen_q, sequence.seqlen_k, m_start, n_end, it, precision)
+            first = _skipped_blocks(problem, shared, group, problem.mask(sequence), of, n_blocks)
         second = first + 1
         if c.opens_in_loop:
             whole = gl.maximum(right_edge, second)
@@ -293,14 +284,12 @@ def _overlapping_consumer(group: gl.constexpr, problem, shared, sequences, o_des
         if c.Mask.has_left_edge:
             begin = gl.maximum(left_edge, whole)
             state = _blocks(problem, shared, group, of, q, state, begin, n_blocks, second, True)
-        if not c.q_in_registers:
-            mbarrier.arrive(shared.q_empty.index(slot), count=1)
-        previous = Finished(sequence, head, m_start, n_blocks - first, precision.unit(n_end - n_blocks))
+        hand_back_q(problem, shared, slot)
+        unit = of.precision.unit(of.n_end - n_blocks)
+        previous = Finished(sequence, head, of.m_start, n_blocks - first, unit)
         it += n_blocks
         tile += 1
-        slot = tile % c.q_stages * c.num_consumers + group
-        mbarrier.wait(shared.q_full.index(slot), tile // c.q_stages & 1)
-        m_tile = shared.mailbox.receive(slot, 0)
+        m_tile = next_tile(problem, shared, group, tile)
     if tile > 0:
         shared.v.wait(it - 1)
         p = unpack_operand(state.p, c.dtype, c.o_accumulator)

@@ -10,12 +10,9 @@ blocks, at no cost: for e4m3 wgmma drops what is 2**-13 of the sum so far, a bia
 of keys.
 """
 
-from tandem_attn.device.division import divided
 from tandem_attn.device.gluon import (
-    fence_async_shared,
     gl,
     gluon,
-    mbarrier,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -28,11 +25,15 @@ from tandem_attn.device.turn import pass_turn, take_turn
 from tandem_attn.kernels.forward_tile import (
     Finished,
     State,
-    Tile,
     by_row,
     empty_state,
     epilogue,
+    hand_back_q,
+    key_blocks,
+    next_tile,
+    open_rings,
     scores_in_base_2,
+    slot_of,
     start_scores,
     take_q,
 )
@@ -141,35 +142,21 @@ def serial_consumer(group: gl.constexpr, problem, shared, sequences, o_desc, lse
     """A consumer from its first tile to its last."""
     c: gl.constexpr = problem.config.static
     state = empty_state(problem)
-    shared.k.release_all()
-    shared.v.release_all()
-    if c.pingpong and group == c.num_consumers - 1:
-        pass_turn(group, c.num_consumers)
+    open_rings(problem, shared, group)
     it = first_fill(c.num_stages) + 0
     tile = 0
-    mbarrier.wait(shared.q_full.index(group), 0)
-    m_tile = shared.mailbox.receive(group, 0)
+    m_tile = next_tile(problem, shared, group, 0)
     while m_tile >= 0:
-        slot = tile % c.q_stages * c.num_consumers + group
+        slot = slot_of(problem, group, tile)
         head = shared.mailbox.receive(slot, 1)
         sequence = sequences.receive(shared.mailbox, slot)
         q = slot if c.q_for_each_block else take_q(problem, shared, slot)
-        if c.q_in_registers:
-            fence_async_shared()  # see forward.py
-            mbarrier.arrive(shared.q_empty.index(slot), count=1)
-        m_start = m_tile + group * c.tile_m
-        mask = problem.mask(sequence)
-        n_end, n_blocks, right_edge, left_edge = mask.key_blocks(m_tile, m_tile + c.tile_rows, c.tile_n)
-        precision = problem.precision.of(sequence, head, divided(head, problem.group_size_magic), m_start)
-        of = Tile(sequence.seqlen_q, sequence.seqlen_k, m_start, n_end, it, precision)
+        of, n_blocks, right_edge, left_edge = key_blocks(problem, group, sequence, head, m_tile, it)
         state = _tile(problem, shared, group, of, q, state, n_blocks, right_edge, left_edge)
-        if not c.q_in_registers:
-            mbarrier.arrive(shared.q_empty.index(slot), count=1)
-        done = Finished(sequence, head, m_start, n_blocks, precision.unit(n_end - n_blocks))
+        hand_back_q(problem, shared, slot)
+        done = Finished(sequence, head, of.m_start, n_blocks, of.precision.unit(of.n_end - n_blocks))
         epilogue(problem, shared, group, state.o, state, done, o_desc, lse_ptr)
         it += n_blocks
         tile += 1
-        slot = tile % c.q_stages * c.num_consumers + group
-        mbarrier.wait(shared.q_full.index(slot), tile // c.q_stages & 1)
-        m_tile = shared.mailbox.receive(slot, 0)
+        m_tile = next_tile(problem, shared, group, tile)
     tma_store_wait(0)

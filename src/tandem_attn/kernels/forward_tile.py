@@ -11,6 +11,7 @@ from tandem_attn.device.gluon import (
     fence_async_shared,
     gl,
     gluon,
+    mbarrier,
     tma_store,
     tma_store_wait,
     warpgroup_mma,
@@ -21,6 +22,7 @@ from tandem_attn.device.pieces import zeros
 from tandem_attn.device.precision import pack_probabilities
 from tandem_attn.device.ring import Ring
 from tandem_attn.device.softmax import log_sum_exp, row_maximum, soft_capped, thread_sum
+from tandem_attn.device.turn import pass_turn
 
 
 @aggregate
@@ -125,6 +127,35 @@ def by_row(x, tile):
     return gl.expand_dims(gl.convert_layout(x, layout, assert_trivial=True), 1)
 
 
+# The beginning of a tile
+
+
+@gluon.jit
+def open_rings(problem, shared, group: gl.constexpr):
+    """Before a consumer's first tile: all stages are free, and the last consumer lets the first one begin."""
+    c: gl.constexpr = problem.config.static
+    shared.k.release_all()
+    shared.v.release_all()
+    if c.pingpong and group == c.num_consumers - 1:
+        pass_turn(group, c.num_consumers)
+
+
+@gluon.jit
+def slot_of(problem, group: gl.constexpr, tile):
+    """Where the producer puts number `tile` of a consumer's tiles."""
+    c: gl.constexpr = problem.config.static
+    return tile % c.q_stages * c.num_consumers + group
+
+
+@gluon.jit
+def next_tile(problem, shared, group: gl.constexpr, tile):
+    """First row of number `tile` of all consumers' tiles, once Q is there; END_OF_TILES after the last."""
+    c: gl.constexpr = problem.config.static
+    slot = slot_of(problem, group, tile)
+    mbarrier.wait(shared.q_full.index(slot), tile // c.q_stages & 1)
+    return shared.mailbox.receive(slot, 0)
+
+
 @gluon.jit
 def take_q(problem, shared, slot):
     """Q of this tile as left operand, from registers or from shared memory."""
@@ -136,7 +167,37 @@ def take_q(problem, shared, slot):
             q = q + (smem.load(gl.DotOperandLayout(0, c.s_accumulator, 4 // c.element_bytes)),)
         else:
             q = q + (smem,)
+    if c.q_in_registers:
+        # The loads may still be under way, and TMA writes the next Q past them (another proxy): without the
+        # fence one call in twelve of (40, 700, 8, 128) causal had a wrong row (H200, 2026-11-25).
+        fence_async_shared()
+        _hand_back(shared, slot)
     return q
+
+
+@gluon.jit
+def hand_back_q(problem, shared, slot):
+    """After a tile: its Q may be overwritten, if it has not been since `take_q`."""
+    if not problem.config.q_in_registers:
+        _hand_back(shared, slot)
+
+
+@gluon.jit
+def _hand_back(shared, slot):
+    mbarrier.arrive(shared.q_empty.index(slot), count=1)
+
+
+@gluon.jit
+def key_blocks(problem, group: gl.constexpr, sequence, head, m_tile, it):
+    """(Tile, key blocks, those before the right edge's end, before the left edge) of one consumer, where all
+    consumers' tile begins with row m_tile and its block 0 is ring fill `it`. See `mask.key_blocks`."""
+    c: gl.constexpr = problem.config.static
+    m_start = m_tile + group * c.tile_m
+    mask = problem.mask(sequence)
+    n_end, n_blocks, right_edge, left_edge = mask.key_blocks(m_tile, m_tile + c.tile_rows, c.tile_n)
+    precision = problem.precision.of(sequence, head, divided(head, problem.group_size_magic), m_start)
+    tile = Tile(sequence.seqlen_q, sequence.seqlen_k, m_start, n_end, it, precision)
+    return tile, n_blocks, right_edge, left_edge
 
 
 @gluon.jit
