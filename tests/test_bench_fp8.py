@@ -265,7 +265,7 @@ def test_means_cost_the_papers_recipe_accuracy_and_the_smoothed_ones_none():
 
 def test_means_are_of_channels_of_k_and_v():
     one = case_named("smoke-means-fp16")
-    (plain, _), (moved, right) = (
+    (plain, _), (moved, _) = (
         fp8_accuracy.outliers(one.case, CPU, means) for means in (fp8_cases.NO_MEANS, one.means)
     )
     for a, b, deviation in zip(plain, moved, (0.0, one.means.k, one.means.v), strict=True):

@@ -94,8 +94,8 @@ def outliers(
 
 
 def measure_recipe(one: RecipeCase, device: torch.device, settings: Settings) -> dict:
-    """A row of the paper's table as a JSON object, with its speed at the same shape on normal inputs, which
-    does not depend on means."""
+    """A row of the paper's table as a JSON object, with its speed at the same shape on normal inputs; where
+    there are means, without either the paper's figure or speed, which does not depend on them."""
     row = ROWS[one.row]
     case = dataclasses.replace(one.case, dtype=row.dtype)
     of_paper = one.means == NO_MEANS

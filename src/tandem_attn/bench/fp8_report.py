@@ -112,7 +112,7 @@ def _recipes(records: list[dict]) -> Table:
 def _around(means: dict) -> str:
     if not any(means.values()):
         return ""
-    return f", channels of K around N(0, {means['k']:g}^2), of V around N(0, {means['v']:g}^2)"
+    return f", channels of K around N(0, {means['k'] ** 2:g}), of V around N(0, {means['v'] ** 2:g})"
 
 
 def _shape(asked: dict) -> str:

@@ -162,12 +162,13 @@ def _first_blocks(problem, shared, group: gl.constexpr, tile, q, state, first, e
 
 
 @gluon.jit
-def _skipped_blocks(problem, shared, group: gl.constexpr, mask, tile, n_blocks):
+def _skipped_blocks(problem, shared, group: gl.constexpr, tile, n_blocks):
     """Hand back unread the blocks at the diagonal that no row of this consumer may see; how many they are.
 
     Each is waited for all the same: a phase must not be lapped.
     """
     c: gl.constexpr = problem.config.static
+    mask = problem.mask(tile)
     own_end, own, right_edge, left_edge = mask.key_blocks(tile.m_start, tile.m_start + c.tile_m, c.tile_n)
     skipped = gl.minimum(tile.n_end - own_end, n_blocks - 1)
     for i in range(skipped):
@@ -267,7 +268,7 @@ def _overlapping_consumer(group: gl.constexpr, problem, shared, sequences, o_des
         of, n_blocks, right_edge, left_edge = key_blocks(problem, group, sequence, head, m_tile, it)
         first = 0
         if c.skip:
-            first = _skipped_blocks(problem, shared, group, problem.mask(sequence), of, n_blocks)
+            first = _skipped_blocks(problem, shared, group, of, n_blocks)
         second = first + 1
         if c.opens_in_loop:
             whole = gl.maximum(right_edge, second)

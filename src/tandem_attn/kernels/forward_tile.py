@@ -189,8 +189,8 @@ def _hand_back(shared, slot):
 
 @gluon.jit
 def key_blocks(problem, group: gl.constexpr, sequence, head, m_tile, it):
-    """(Tile, key blocks, those before the right edge's end, before the left edge) of one consumer, where all
-    consumers' tile begins with row m_tile and its block 0 is ring fill `it`. See `mask.key_blocks`."""
+    """(Tile of one consumer; count, right_edge and left_edge as of `mask.key_blocks`, for the rows of all).
+    m_tile: the first of these; it: ring fill of block 0."""
     c: gl.constexpr = problem.config.static
     m_start = m_tile + group * c.tile_m
     mask = problem.mask(sequence)
