@@ -23,10 +23,9 @@ FEW = (
 )
 # Bytes of spill stores and loads, of code without loops: a few registers of a limit under which one more
 # program fits. Other Tritons take a few more.
-SPILLS, SPILLS_OF_256, SPILLS_OF_OTHERS = 96, 288, 448
+SPILLS, SPILLS_OF_OTHERS = 96, 448
 MEANS = ("mean_of_keys", "sum_values", "mean_of_values")
-REGISTERS = 64 * 1024  # of a multiprocessor
-RESIDENT = {"256_pairs": 16, "192_rotary": 16}  # warps, quantize_tiles; others 20 in programs of 4, 24 of 8
+REGISTERS, SHARED_MEMORY = 64 * 1024, 228 * 1024  # bytes of it, of a multiprocessor
 
 
 def names_for(version: str) -> list[str]:
@@ -46,14 +45,12 @@ def reports(request, tmp_path_factory):
 
 @pytest.mark.parametrize("version, name", CASES)
 def test_compiles_within_the_limits(reports, version, name):
-    made, (question, kind) = reports(version, name), name.split("/")
+    made, kind = reports(version, name), name.split("/")[1]
     known = 0 if version == INSTALLED else SPILLS
     if kind in ("quantize_tiles", "measure"):
-        known = SPILLS_OF_256 if question.startswith("256") else SPILLS
-        known = known if version == INSTALLED else SPILLS_OF_OTHERS
+        known = SPILLS if version == INSTALLED else SPILLS_OF_OTHERS
     assert made.spill_bytes <= known and made.stack_bytes <= known
     assert known or made.local == 0
-    assert made.shared_memory <= 32 * 1024
 
 
 @pytest.mark.parametrize("version, name", CASES)
@@ -71,13 +68,12 @@ def test_stores_are_wide(reports, version, name):
 @pytest.mark.parametrize("version, name", CASES)
 def test_enough_warps_are_resident(reports, version, name):
     """Loads of some programs go on while others compute."""
-    question, kind = name.split("/")
-    if kind == "quantize_tiles":
-        launch = named_launches()[name]
-        in_eights = -(-reports(version, name).registers // 8) * 8
-        programs = REGISTERS // (in_eights * 32 * launch.options["num_warps"])
-        least = 20 if launch.options["num_warps"] == 4 else 24
-        assert programs * launch.options["num_warps"] >= RESIDENT.get(question, least)
+    if name.endswith("/quantize_tiles"):
+        launch, made = named_launches()[name], reports(version, name)
+        in_eights = -(-made.registers // 8) * 8
+        by_registers = REGISTERS // (in_eights * 32 * launch.options["num_warps"])
+        by_memory = SHARED_MEMORY // (made.shared_memory + 1024)  # which each program is charged besides
+        assert min(by_registers, by_memory) >= launch.numbers[-1].resident >= 2
 
 
 def test_cases_hold_every_kernel():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_quant import fp8, some, vector
 
-from tandem_attn.quant import BLOCK_K, MEAN_ROWS, Fp8Recipe, channel_mean, rows_of, untransposed
+from tandem_attn.quant import BLOCK_K, MEAN_ROWS, Fp8Recipe, channel_mean, key_mean, rows_of, untransposed
 from tandem_attn.testing.plain import DeviceInt, Language, gluon_module, load
 
 LENGTHS = (0, 1, 5, MEAN_ROWS - 1, MEAN_ROWS, MEAN_ROWS + 1, 300, 2 * MEAN_ROWS, 2 * MEAN_ROWS + 1, 70_001)
@@ -47,7 +47,7 @@ def test_kernels_take_the_same_rows():
 def test_means_subtracted_are_kept(rotate):
     q, k, v = some(seqlen_k=2000, head_dim_v=80)
     made = fp8(q, k, v, Fp8Recipe(rotate=rotate, smooth_v=True))
-    torch.testing.assert_close(made.k_mean, channel_mean(k, rows_of(k), MEAN_ROWS))
+    assert torch.equal(made.k_mean, key_mean(k, rows_of(k)))
     torch.testing.assert_close(made.v_mean, channel_mean(v, rows_of(v)))
     assert made.v_mean.shape == (2, 2, 80) and made.v_mean.abs().max() > 0.5
     without = untransposed(made.v_t).float()[:, :2000] * rows_of(v).each(made.v_descale, BLOCK_K)
@@ -68,8 +68,8 @@ def test_smoothing_keeps_softmax_and_corrects_lse(rotate):
     q, k, v = some(dtype=torch.float64)
     made = fp8(q, k, v, Fp8Recipe(rotate=rotate))
     rows = rows_of(k)
-    mean = channel_mean(k, rows, MEAN_ROWS)
-    torch.testing.assert_close(made.k_mean, mean)
+    mean = key_mean(k, rows)
+    assert torch.equal(made.k_mean, mean)
     scale = q.shape[-1] ** -0.5
 
     def scores(k):
@@ -79,6 +79,16 @@ def test_smoothing_keeps_softmax_and_corrects_lse(rotate):
     torch.testing.assert_close(smooth.softmax(-1), whole.softmax(-1))
     corrected = smooth.logsumexp(-1) + scale * made.lse_shift  # which is float32
     torch.testing.assert_close(corrected, whole.logsumexp(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_mean_of_keys_is_a_number_of_their_dtype(dtype):
+    """Within half a step of it: what that leaves is less than keys around it were rounded by."""
+    _, k, _ = some(seqlen_k=2000, dtype=dtype)
+    exact, mean = channel_mean(k, rows_of(k), MEAN_ROWS), key_mean(k, rows_of(k))
+    assert torch.equal(mean.to(dtype).float(), mean) and mean.dtype == torch.float32
+    assert ((mean - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2).all()
+    assert dtype == torch.float32 or not torch.equal(mean, exact)
 
 
 def test_smoothing_helps_keys_that_share_a_direction():

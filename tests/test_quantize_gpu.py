@@ -5,6 +5,7 @@ TANDEM_TEST_ON=cpu rehearses: the reference then answers for the kernels.
 """
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tandem_attn.quant import (
     Fp8Tensors,
     Rows,
     channel_mean,
+    key_mean,
     rotation_block,
     rows_of,
     signs_for,
@@ -94,13 +96,26 @@ def some(
 
 
 def both(q, k, v, recipe=USUAL, lengths=None, rotary=None) -> tuple[Fp8Tensors, Fp8Tensors]:
-    """(by the kernels, by the reference)."""
+    """(by the kernels, by the reference with the mean of K that the kernels had)."""
     spec = quantize_spec(q, k, v, lengths, recipe, rotary)
     assert REHEARSAL or not backend().quantize_reasons(spec)
     signs = signs_for(recipe, q.shape[-1], q.device) if recipe.rotate else None
     more = (signs, *((None, None) if rotary is None else rotary[:2]), *(lengths or ())[:4])
-    found = (module.quantize(spec)(q, k, v, *more) for module in (backend(), reference_quant))
-    return tuple(Fp8Tensors(*x, recipe, q.dtype, lengths) for x in found)
+    mine = backend().quantize(spec)(q, k, v, *more)
+    with mock.patch.object(reference_quant, "key_mean", lambda k, rows: accepted(mine.k_mean, k, rows)):
+        theirs = reference_quant.quantize(spec)(q, k, v, *more)
+    return tuple(Fp8Tensors(*x, recipe, q.dtype, lengths) for x in (mine, theirs))
+
+
+def accepted(mean, k, rows: Rows) -> torch.Tensor:
+    """A mean of K, once it is known to be right but for a step of the dtype that some are rounded by."""
+    exact = key_mean(k, rows)
+    step = torch.finfo(k.dtype).eps * exact.abs() + 2e-6  # of sums that cancel
+    other = ~((mean == exact) | (mean.isnan() & exact.isnan()))
+    assert torch.equal(mean.to(k.dtype).float().nan_to_num(), mean.nan_to_num())
+    assert not (other & ~((mean - exact).abs() <= step)).any()
+    assert other.sum() <= max(2, 2e-3 * mean.numel())
+    return mean
 
 
 def check(a: Fp8Tensors, b: Fp8Tensors, flips: float = 1e-3, slack: float = 0.0) -> None:
@@ -213,9 +228,7 @@ def test_means_of_many_keys(device, guarded, seqlen, head_dim):
     q, k, v = some(device, 2, 64, seqlen, heads=2, kv_heads=1, head_dim=head_dim)
     a, b = both(q, k, v, BOTH_MEANS)
     check(a, b)
-    for mean, x, most in ((a.k_mean, k, MEAN_ROWS), (a.v_mean, v, None)):
-        exact = channel_mean(x, rows_of(x), most)
-        torch.testing.assert_close(mean, exact, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(a.v_mean, channel_mean(v, rows_of(v)), rtol=1e-5, atol=2e-6)
     guarded()
 
 
@@ -232,7 +245,6 @@ def test_means_of_packed_sequences_of_any_length(device):
     check(a, b)
     rows = rows_of(v, starts, used)
     torch.testing.assert_close(a.v_mean, channel_mean(v, rows), rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(a.k_mean, channel_mean(k, rows, MEAN_ROWS), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 17, 63, 64])

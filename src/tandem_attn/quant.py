@@ -103,8 +103,8 @@ class Fp8Tensors:
     (batch, heads, 1) of granularities "head" and "tensor". lse_shift None or float32 (batch, heads, seqlen_q)
     / (heads, total_q): q . k_mean, so that lse = that of these tensors + softmax_scale * lse_shift. k_mean
     None or float32 (batch, kv_heads, head_dim), not rotated: what was subtracted from K, the mean over an
-    evenly spaced sample of at most MEAN_ROWS keys. v_mean None or float32 (batch, kv_heads, head_dim_v): what
-    was subtracted from V and is added to the output, the mean over all keys.
+    evenly spaced sample of at most MEAN_ROWS keys, rounded to the dtype of K. v_mean None or float32 (batch,
+    kv_heads, head_dim_v): what was subtracted from V and is added to the output, the mean over all keys.
     """
 
     q: torch.Tensor
@@ -347,8 +347,13 @@ def in_sample(row: torch.Tensor, length: torch.Tensor, count: torch.Tensor) -> t
 
 
 def channel_mean(x: torch.Tensor, rows: Rows, most: int | None = None) -> torch.Tensor:
-    """float32 (batch, kv_heads, head_dim): what is subtracted from V, or with MEAN_ROWS from K."""
+    """float32 (batch, kv_heads, head_dim): of all rows, or of a sample of so many."""
     return rows.means(x.double(), most).float()
+
+
+def key_mean(k: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """float32 (batch, kv_heads, head_dim): what is subtracted from K, in the dtype of K exact."""
+    return channel_mean(k, rows, MEAN_ROWS).to(k.dtype).float()
 
 
 # Scales and values

@@ -1,7 +1,8 @@
 """The specification of making FP8: the steps of `quant.py` in order, on any device, for any float type.
 
 Numbers are rounded to e4m3 and, where rotary embedding is asked for, once before that to the dtype of the
-inputs; nowhere else. A kernel may differ by one e4m3 step in a few values, where sums end beside a boundary.
+inputs; so is K's mean, and nothing else. A kernel may differ by one e4m3 step in a few values, where sums end
+beside a boundary, and by a step of the dtype of inputs in K's mean.
 On a GPU, rows of packed sequences are found without waiting for the device; V^T and means are not.
 """
 
@@ -12,8 +13,8 @@ import torch
 from tandem_attn.quant import (
     BLOCK_K,
     BLOCK_Q,
-    MEAN_ROWS,
     channel_mean,
+    key_mean,
     quantized,
     rotated,
     rows_of,
@@ -62,7 +63,7 @@ def quantize(spec: QuantizeSpec):
             q, k = turned(q, k, rows_q, rows_k, cos, sin, spec.interleaved)
         shift = k_mean = v_mean = None
         if spec.smooth_k:
-            k_mean = channel_mean(k, rows_k, MEAN_ROWS)
+            k_mean = key_mean(k, rows_k)
             shift = mean_products(q, k_mean, rows_q)
             k = rows_k.declared(k.to(spec_kind(spec)) - rows_k.of_each(k_mean))
         if spec.smooth_v:

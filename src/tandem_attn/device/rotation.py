@@ -97,60 +97,31 @@ def _summed(x, step: gl.constexpr):
     return y
 
 
-# A rotation has two halves: bits of columns that the product with a matrix mixes, and bits that sums of
-# registers mix. Half way a row is what it is at the end, but for sums and differences of its columns:
-# products of two rows are as large there as they were before, times HALF_WAY, and a constant added there is a
-# constant added at the end.
-HALF_WAY = gl.constexpr(16.0)
-
-
 @gluon.jit
-def _beginning(start, begins: gl.constexpr, j: gl.constexpr, x):
-    """fp32, like x, which is piece j."""
+def _beginning(offset, h, begins: gl.constexpr, j: gl.constexpr, x, mma: gl.constexpr):
+    """What a product with h begins with, fp32, like x, which is piece j: `offset` times h, or 0."""
     layout: gl.constexpr = x.type.layout
+    zeros = gl.zeros(x.shape, gl.float32, layout)
     if begins:
-        y, _ = gl.broadcast(piece_of(start, j, layout), x)
-        return y
+        rows, _ = gl.broadcast(piece_of(offset, j, layout), x)
+        return _mixed(rows, h, zeros, mma)
     else:
-        return gl.zeros(x.shape, gl.float32, layout)
+        return zeros
 
 
 @gluon.jit
-def half_rotated(x, signs, start, begins: gl.constexpr, mma: gl.constexpr):
-    """16-bit pieces x times signs (`sign_bits` in shared memory) times half of a Hadamard matrix, in fp32.
-    start: what columns begin with there, in shared memory, if it `begins`; else anything."""
+def rotated(x, signs, offset, begins: gl.constexpr, group: gl.constexpr, mma: gl.constexpr):
+    """fp32: 16-bit pieces x, times signs (`sign_bits` in shared memory), times a Hadamard matrix of
+    32 `group` columns.
+
+    offset: a vector in shared memory, of the dtype of x, that is added once there are signs if it `begins`;
+    else anything. Tensor cores add it: to keep what it becomes would take twice the reads.
+    """
     h = hadamard_16(x[0].dtype, mma)
     y = ()
     for j in gl.static_range(len(x)):
-        y = y + (_mixed(_flipped(x[j], signs, j), h, _beginning(start, begins, j, x[j]), mma),)
-    return y
-
-
-@gluon.jit
-def half_rotated_vector(vector, signs, pieces: gl.constexpr, mma: gl.constexpr, layout: gl.constexpr):
-    """The same of an fp32 vector in shared memory: pieces whose rows are all equal. It is the sum of three
-    numbers in bf16, of which each is rotated exactly."""
-    rows: gl.constexpr = 8 * gl.num_warps()
-    h = hadamard_16(gl.bfloat16, mma)
-    zeros = gl.zeros([rows, PIECE], gl.float32, layout)
-    y = ()
-    for j in gl.static_range(pieces):
-        rest = _beginning(vector, True, j, zeros)
-        c = zeros
-        for _ in gl.static_range(3):
-            part = rest.to(gl.bfloat16)
-            rest = rest - part.to(gl.float32)
-            c = _mixed(_flipped(part, signs, j), h, c, mma)
-        y = y + (c,)
-    return y
-
-
-@gluon.jit
-def other_half(x, group: gl.constexpr):
-    """What is `half_rotated`, over the other bits: a Hadamard matrix of 32 `group` columns in all."""
-    y = ()
-    for j in gl.static_range(len(x)):
-        y = y + (_mixed_by_bit_1(x[j]),)
+        start = _beginning(offset, h, begins, j, x[j], mma)
+        y = y + (_mixed_by_bit_1(_mixed(_flipped(x[j], signs, j), h, start, mma)),)
     if group >= 2:
         y = _summed(y, 1)
     if group >= 4:
@@ -158,6 +129,43 @@ def other_half(x, group: gl.constexpr):
     if group >= 8:
         y = _summed(y, 4)
     return y
+
+
+# Products of rows with a vector, by the same left operand. Bit 1 of a column is a bit of its rows, so a right
+# operand has the vector's columns without it and with it side by side (four times: mma.sync has 8), and of a
+# row's products with the two one counts.
+
+
+@gluon.jit
+def as_right_operands(vector, columns: gl.constexpr, below: gl.constexpr, dtype: gl.constexpr):
+    """Shared memory [columns // 4, 16]: a vector for `products_of_rows`, 8 rows for each piece. vector:
+    pointer to fp32 numbers, of which there are `below`; dtype: that of rows, in which they are exact."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [gl.num_warps(), 1], [1, 0])
+    row = gl.arange(0, columns // 4, gl.SliceLayout(1, layout))[:, None]
+    k = gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :]
+    column = row // 8 * PIECE + (k // 2 % 4) * 8 + (k // 8) * 4 + (row % 2) * 2 + k % 2  # as `_operand_rows`
+    numbers = gl.load(vector + column, mask=column < below, other=0.0).to(dtype)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    shared = gl.allocate_shared_memory(dtype, numbers.shape, plain)
+    shared.store(numbers)
+    return shared
+
+
+@gluon.jit
+def products_of_rows(x, operands, mma: gl.constexpr):
+    """fp32 [rows]: products of rows in 16-bit pieces with a vector (`as_right_operands`)."""
+    ROWS: gl.constexpr = x[0].shape[0]
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    c = gl.zeros([2 * ROWS, 8], gl.float32, mma)
+    for j in gl.static_range(len(x)):
+        a = gl.convert_layout(_operand_rows(x[j]), left, assert_trivial=True)
+        c = mma_v2(a, operands.slice(j * 8, 8).permute((1, 0)).load(right), c)
+    c = c.reshape([ROWS // 8, 2, 8, 4, 2]).permute([0, 2, 3, 4, 1])  # 4: equal numbers, one in each lane
+    without, with_bit_1 = gl.split(c)
+    total = gl.split(without)[0] + gl.split(with_bit_1)[1]
+    layout: gl.constexpr = gl.SliceLayout(1, x[0].type.layout)
+    return gl.convert_layout(gl.max(total, 2).reshape([ROWS]), layout, assert_trivial=True)
 
 
 # Rotary embedding. cos, sin: pointers, tables of `half` columns; angle: of each row, where that of the tables

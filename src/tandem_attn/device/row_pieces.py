@@ -1,15 +1,14 @@
-"""16-bit rows of q and k in registers: loaded in pieces of 32 columns, turned by their position, rotated.
+"""16-bit rows of q and k: loaded in pieces of 32 columns, turned by their position, rotated in registers.
 
 `config`: a `RowsConfig` (kernels/config_quantize.py), which says how pieces lie.
 """
 
-from tandem_attn.device.gluon import gl, gluon
+from tandem_attn.device.gluon import async_copy, async_load, gl, gluon, thread_barrier
 from tandem_attn.device.rotation import (
     PIECE,
-    half_rotated,
     in_shared,
-    other_half,
     piece_of,
+    rotated,
     sign_bits,
     turn_halves,
     turn_pairs,
@@ -27,21 +26,96 @@ def kept(there, column, first: gl.constexpr, dim: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(x, there, rotary, position, config: gl.constexpr):
-    """16-bit pieces of rows of q or k, turned by their position. x: [rows, 1] pointers."""
+def to_shared(x, keep, layout: gl.constexpr):
+    """Start a copy of 16-bit numbers, 0 where not `keep`, to shared memory, to be read more than once. Each
+    copy has memory of its own, or the compiler would put barriers between them."""
+    shared = gl.allocate_shared_memory(x.dtype.element_ty, x.shape, layout)
+    keep, _ = gl.broadcast(keep, x)
+    async_load(shared, x, mask=keep)
+    return shared
+
+
+@gluon.jit
+def _pieces(x, there, in_shared: gl.constexpr, config: gl.constexpr):
+    """16-bit pieces of rows, in registers or soon in shared memory. x: [rows, 1] pointers."""
     column = gl.arange(0, PIECE, gl.SliceLayout(0, config.layout))
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])  # a warp reads 512 bytes on end
     pieces = ()
     for j in gl.static_range(config.pieces):
         keep = kept(there, column, j * 32, config.head_dim)
-        pieces = pieces + (gl.load(x + column[None, :] + j * 32, mask=keep, other=0.0),)
-    if config.rotary_dim > 0:
-        pieces = _turned(pieces, x, there, rotary, rotary.angles(position, there), config)
+        at = x + column[None, :] + j * 32
+        pieces = pieces + (to_shared(at, keep, layout) if in_shared else gl.load(at, mask=keep, other=0.0),)
     return pieces
 
 
 @gluon.jit
-def _turned(pieces, x, there, rotary, angle, config: gl.constexpr):
-    """Pieces after rotary embedding."""
+def load_rows(x, there, rotary, position, config: gl.constexpr):
+    """16-bit pieces of rows of q or k, turned by their position. x: [rows, 1] pointers."""
+    return _turned(_pieces(x, there, False, config), x, there, rotary, position, config)
+
+
+@gluon.jit
+def ask_for_rows(side, place, head, config: gl.constexpr):
+    """Start to load a tile's rows of q or k: what `rows_of_part` gives 16-bit pieces of. A tile that is one
+    part comes to registers, the parts of others to shared memory."""
+    asked = ()
+    for at in gl.static_range(config.parts):
+        part = place.part(at * config.rows)
+        _, there = part.rows(config.rows, gl.SliceLayout(1, config.layout))
+        x = side.rows(part, head, config.rows, config.layout)
+        asked = asked + _pieces(x, there, config.parts > 1, config)
+        if config.parts > 1:
+            async_copy.commit_group()
+    return asked
+
+
+@gluon.jit
+def rows_of_part(asked, at: gl.constexpr, side, place, head, rotary, before, config: gl.constexpr):
+    """(16-bit pieces of a part, number `at`, turned by their position; whether rows are there). Parts are
+    asked for in order. place: of the part; before: position of row 0 of the sequence."""
+    pieces = asked
+    if config.parts > 1:
+        async_copy.wait_group(config.parts - 1 - at)
+        thread_barrier()
+        pieces = ()
+        for j in gl.static_range(config.pieces):
+            pieces = pieces + (asked[at * config.pieces + j].load(config.layout),)
+    row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
+    x = side.rows(place, head, config.rows, config.layout)
+    return _turned(pieces, x, there, rotary, row + before, config), there
+
+
+@gluon.jit
+def put_aside(pieces):
+    """fp32 pieces in shared memory, for `taken_back` by the same threads."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    shared = ()
+    for j in gl.static_range(len(pieces)):
+        shared = shared + (gl.allocate_shared_memory(gl.float32, pieces[j].shape, layout),)
+        shared[j].store(pieces[j])
+    return shared
+
+
+@gluon.jit
+def taken_back(shared, config: gl.constexpr):
+    """What was `put_aside`."""
+    pieces = ()
+    for j in gl.static_range(len(shared)):
+        pieces = pieces + (shared[j].load(config.layout),)
+    return pieces
+
+
+@gluon.jit
+def _turned(pieces, x, there, rotary, position, config: gl.constexpr):
+    """Pieces after rotary embedding, if there is any."""
+    if config.rotary_dim == 0:
+        return pieces
+    else:
+        return _turned_by(pieces, x, there, rotary, rotary.angles(position, there), config)
+
+
+@gluon.jit
+def _turned_by(pieces, x, there, rotary, angle, config: gl.constexpr):
     half: gl.constexpr = config.rotary_dim // 2
     far: gl.constexpr = half // 32  # pieces to the other column, if they are whole
     turned = ()
@@ -72,39 +146,19 @@ def columns_of(ptr, config: gl.constexpr):
 
 
 @gluon.jit
-def half_way(pieces, signs, start, begins: gl.constexpr, config: gl.constexpr):
-    """16-bit pieces -> fp32, times signs and half of the Hadamard matrix if there is rotation. start: what is
-    added to columns there, in shared memory, if it `begins`; else anything."""
+def rotated_rows(pieces, signs, offset, begins: gl.constexpr, config: gl.constexpr):
+    """16-bit pieces -> fp32, times signs and the Hadamard matrix if there is rotation: 1 / norm too large.
+    offset: what is added to rows once they have signs if it `begins`, in shared memory; else anything."""
     if config.rotate:
-        return half_rotated(pieces, signs, start, begins, config.mma)
+        return rotated(pieces, signs, offset, begins, config.group, config.mma)
     else:
         out = ()
         for j in gl.static_range(config.pieces):
             x = pieces[j].to(gl.float32)
             if begins:
-                x += piece_of(start, j, config.layout)
+                x += piece_of(offset, j, config.layout).to(gl.float32)
             out = out + (x,)
         return out
-
-
-@gluon.jit
-def all_the_way(pieces, config: gl.constexpr):
-    """What is `half_way`, times the rest of the matrix: 1 / norm too large."""
-    if config.rotate:
-        return other_half(pieces, config.group)
-    else:
-        return pieces
-
-
-@gluon.jit
-def products_of_rows(pieces, vector, config: gl.constexpr):
-    """[rows]: products of rows with a vector in shared memory, four lanes' parts of which meet at the end."""
-    rows: gl.constexpr = pieces[0].shape[0]
-    total = gl.sum((pieces[0] * piece_of(vector, 0, config.layout)).reshape([rows, 4, PIECE // 4]), 2)
-    for j in gl.static_range(1, config.pieces):
-        product = pieces[j] * piece_of(vector, j, config.layout)
-        total += gl.sum(product.reshape([rows, 4, PIECE // 4]), 2)
-    return gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, config.layout), assert_trivial=True)
 
 
 @gluon.jit

@@ -92,18 +92,35 @@ class QuantizeConfig(RowsConfig):
 
     @property
     def rows(self) -> int:
-        """Of q or k at a time: a thread has 64 numbers of them, and 96 or 128 of a whole tile were too many
-        for more than one or two programs to be resident."""
+        """Of q or k at a time, a part of a tile: a thread has 64 numbers of them."""
         return 128 if self.head_dim <= 128 else 64
+
+    @property
+    def parts(self) -> int:
+        return 128 // self.rows
+
+    @property
+    def staged(self) -> bool:
+        """Whether tiles of V, and of q and k in parts, come by shared memory. All of them: what is left of L1
+        beside it has no room for loads of several programs under way."""
+        return self.widest > 128
+
+    @property
+    def knows_scales(self) -> bool:
+        """Whether scales are known before: the pass after the one that measures."""
+        return self.granularity != "block" and not self.measures
 
     @property
     def maxnreg(self) -> int:
         """Registers of a thread, where the compiler would take more and fewer programs be resident."""
         if self.num_warps == 4:
             return 96  # 5 programs
-        if self.rotary_dim and self.head_dim > 128:
-            return 128  # 2 programs of 8 warps
-        return 80  # 3
+        return 112 if self.staged else 80  # 2 or 3 of 8 warps
+
+    @property
+    def resident(self) -> int:
+        """Programs that fit on a multiprocessor by their registers and shared memory."""
+        return 5 if self.num_warps == 4 else 2 if self.staged else 3
 
     @property
     def v_width(self) -> int:
@@ -112,11 +129,6 @@ class QuantizeConfig(RowsConfig):
     @property
     def v_pieces(self) -> int:
         return -(-self.head_dim_v // self.v_width)
-
-    @property
-    def v_again(self) -> bool:
-        """Whether registers keep only the maximum of a tile of V, and it is loaded again."""
-        return self.v_pieces > 2
 
     @property
     def v_layout(self):

@@ -38,11 +38,12 @@ def pieces_of_a_tile(page_size: int, tile_n: int) -> int | None:
 
 # Over e4m3: (warps, keys, KB of stages, programs of a multiprocessor) of a tile, by packed rows and columns.
 # Twice the keys of 16 bits: some of what a tile takes does not depend on its size, and a tile has half the
-# bytes to hide it. Figures: us over 256 MB (of bfloat16 512 MB: 119 to 127) on an H200, 2026-11-30.
+# bytes to hide it. Two stages each: three are slower than so many more programs. Figures: us over 256 MB (of
+# bfloat16 512 MB: 119 to 127) on an H200, 2026-11-30 and, of 16 rows, 2026-12-01.
 _FP8_TILES = {
-    (16, 64): (4, 256, 96, 2),  # 68; one program 79, 128 keys 83, 8 warps 87
-    (16, 128): (4, 128, 96, 1),  # 65; two programs 66, with 64 keys 74, 8 warps 75, four stages 65
-    (16, 256): (2, 64, 96, 2),  # 67, and 71 in pages of 16; 4 warps in one program: 67 and 101
+    (16, 64): (2, 128, 32, 4),  # 67, pages of 64 71; two programs of 256 keys 67 and 77, three stages 75
+    (16, 128): (4, 128, 64, 2),  # 64; one program 65, 2 warps 68, of short sequences 69, 74, 68
+    (16, 256): (2, 64, 64, 2),  # 67, and 71 in pages of 16; three stages 68 and 73
     (32, 64): (4, 128, 64, 2),  # 100; one program 122, with 256 keys 107
     (32, 128): (4, 128, 96, 1),  # 98; 64 keys 123
     (64, 64): (4, 128, 64, 1),  # 174; 64 keys 228
@@ -76,10 +77,15 @@ def tile_choice(spec: DecodeSpec, tile_m: int, widest: int) -> TileChoice:
 
 def _fp8_choice(spec: DecodeSpec, tile_m: int, widest: int) -> TileChoice:
     warps, keys, room, residents = _FP8_TILES[tile_m, widest]
+    if (tile_m, widest) == (16, 128) and spec.batch == 1 and not spec.page_size:
+        room, residents = 96, 1  # fewer parts of the one sequence: over 64 MB 20.5 us for 21.2
+    if (tile_m, widest) == (16, 64) and pieces_of_a_tile(spec.page_size, keys) is None:
+        if pieces_of_a_tile(spec.page_size, 64):
+            keys, room = 64, 16  # pages of 16: 94 us, gathered 102
+        else:
+            keys, room, residents = 256, 64, 2
     if spec.split_size is not None and spec.split_size % keys:
         keys = SPLIT_STEP
-    if tile_m == 16 and spec.page_size and spec.page_size % keys:
-        residents = 2  # to hide that several pages are looked up: 68 us, one 80 (pages of 64)
     if pieces_of_a_tile(spec.page_size, keys) is None:
         warps = 4  # two would spill where they gather
     return TileChoice(WarpKeys if tile_m <= 32 else GroupRows, warps, keys, room, residents)

@@ -121,7 +121,10 @@ def kernel_of(config: DecodeConfig):
 def options_of(config: DecodeConfig) -> dict:
     """How it is compiled and launched."""
     options = dict(num_warps=config.num_warps, launch_pdl=True)
-    return options | ({"maxnreg": 168} if config.num_groups == 2 else {})
+    if config.num_groups == 2:
+        return options | {"maxnreg": 168}
+    # else the assembler would spill for more programs than shared memory has room for
+    return options | ({"maxnreg": 255} if config.residents > 2 else {})
 
 
 _counters: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream

@@ -7,6 +7,8 @@ inputs. Launches start early (programmatic dependent launch), and wait for what 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from tandem_attn.kernels.config_quantize import (
@@ -24,7 +26,7 @@ from tandem_attn.spec_quant import Quantized, QuantizeSpec, TransposeSpec, empty
 
 NAME = "gluon"
 SUMMING = 3168  # programs that a mean is summed by at most, 3 or 4 rounds of them
-RESIDENT = 396  # programs at once, 3 for each multiprocessor
+MULTIPROCESSORS = 132  # of an H100 or H200
 MAX_CHUNKS = 64  # of a sequence, for which one warp adds up what they found
 MAX_ROW_STRIDE = 2**24  # 128 rows are within 2**31 elements
 
@@ -123,14 +125,14 @@ def quantize_config(spec: QuantizeSpec, programs: int = 0, measures: bool = Fals
     """
     last_pass = spec.granularity != "block" and not measures
     follows = spec.smooth_k or spec.smooth_v or last_pass
-    has_time = not (spec.smooth_v or last_pass) or programs <= RESIDENT
-    return QuantizeConfig(
+    config = QuantizeConfig(
         **_facts_of_rows(spec),
         has_seqused_q=spec.has_seqused_q,
         granularity=spec.granularity,
         measures=measures,
-        early=follows and has_time,
     )
+    has_time = not (spec.smooth_v or last_pass) or programs <= MULTIPROCESSORS * config.resident
+    return dataclasses.replace(config, early=follows and has_time)
 
 
 def _facts_of_rows(spec: QuantizeSpec) -> dict:
@@ -261,7 +263,7 @@ class QuantizePlan:
         q8, k8 = (torch.empty(x.shape, dtype=E4M3, device=spec.device) for x in (q, k))
         v_t = torch.empty(spec.v_t_shape, dtype=E4M3, device=spec.device)
         scales, shown, maxima = self._scales()
-        shift = k_mean = start = v_mean = None
+        shift = k_mean = v_mean = None
         if spec.smooth_k:
             # rows of no sequence have a finite lse_shift as well
             allocate = torch.zeros if spec.packed else torch.empty
@@ -269,9 +271,9 @@ class QuantizePlan:
         if spec.smooth_v:
             v_mean = self._mean_of_values(stream, v, lengths)
         if spec.smooth_k:
-            k_mean, start = self._mean_of_keys(stream, k, signs, cos, sin, lengths)
+            k_mean = self._mean_of_keys(stream, k, cos, sin, lengths)
         outputs = (q8, k8, v_t, *scales, q if shift is None else shift)
-        means = (q if x is None else x for x in (start, v_mean))
+        means = (q if x is None else x for x in (k_mean, v_mean))
         tables = (signs, *means, *(maxima or (q, q, q)), cos, sin)
         tensors = (q, k, v, outputs, tables, *lengths)
         if maxima:
@@ -283,14 +285,13 @@ class QuantizePlan:
         numbers, options = (*self.numbers, config), options_of(config, config.early)
         self.kernels.launch(quantize_tiles, self.programs, stream, tensors, numbers, options)
 
-    def _mean_of_keys(self, stream: int, k, signs, cos, sin, lengths) -> tuple[torch.Tensor, torch.Tensor]:
-        """(k_mean, what quantize_tiles has K's columns start with)."""
+    def _mean_of_keys(self, stream: int, k, cos, sin, lengths) -> torch.Tensor:
         spec, config = self.spec, self.of_keys
-        outputs = self._numbers_of_heads(spec.head_dim), self._numbers_of_heads(spec.head_dim)
-        tensors = (k, signs, outputs, cos, sin, lengths[1], lengths[3])
+        mean = self._numbers_of_heads(spec.head_dim)
         numbers = (spec.num_kv_heads, spec.seqlen_k, *self.k_strides, *self.rotary, config)
+        tensors = (k, mean, cos, sin, lengths[1], lengths[3])
         self.kernels.launch(mean_of_keys, self.heads_k, stream, tensors, numbers, options_of(config))
-        return outputs
+        return mean
 
     def _mean_of_values(self, stream: int, v, lengths) -> torch.Tensor:
         spec, config = self.spec, self.of_values

@@ -1,7 +1,8 @@
 """The means that `quantize_tiles` subtracts from K and V, by short launches before it.
 
 K's, for which any constant would do, are of a sample of keys, spread evenly (device/fp8_tiles.py:
-sampled_row): one program takes all of it, and rotates the mean. V's are of all keys: `sum_values` adds up
+sampled_row), and rounded to the dtype of K, so that tensor cores subtract them exactly: one program takes all
+of it. V's are of all keys: `sum_values` adds up
 rows, a chunk of them a program, and `mean_of_values` the chunks, always in the same order, with one warp for
 each mean. A single launch would leave the second half to whoever is last, which takes counters that are zero,
 and be 2 us faster at best.
@@ -9,8 +10,8 @@ and be 2 us faster at best.
 
 from tandem_attn.device.fp8_tiles import Rotary, Side, length_of, sample_size, sampled_row
 from tandem_attn.device.gluon import gdc_launch_dependents, gdc_wait, gl, gluon
-from tandem_attn.device.rotation import PIECE, half_rotated_vector, piece_of
-from tandem_attn.device.row_pieces import kept, load_rows, signs_in_shared, signs_of
+from tandem_attn.device.rotation import PIECE
+from tandem_attn.device.row_pieces import kept, load_rows
 
 CHUNKS_AT_ONCE = gl.constexpr(32)  # sums that one warp loads together
 
@@ -58,16 +59,6 @@ def _share(count):
     return gl.div_rn(1.0, gl.maximum(count, 1).to(gl.float32))
 
 
-@gluon.jit
-def _store_rows_0(to, pieces, dim: gl.constexpr):
-    """Less the first row of each piece, of which all rows are equal."""
-    layout: gl.constexpr = pieces[0].type.layout
-    row = gl.arange(0, pieces[0].shape[0], gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, PIECE, gl.SliceLayout(0, layout))[None, :]
-    for j in gl.static_range(len(pieces)):
-        gl.store(to + j * PIECE + column + row * 0, -pieces[j], mask=(row == 0) & (column < dim - j * PIECE))
-
-
 _SIZES = ["kv_heads", "seqlen_k"]
 _STRIDES = ["batch_stride", "row_stride", "head_stride"]
 _LENGTHS = ["cu_seqlens_k", "seqused_k"]
@@ -77,12 +68,11 @@ _LENGTHS = ["cu_seqlens_k", "seqused_k"]
     do_not_specialize=[*_SIZES, *_STRIDES, "rotary_stride", "rotary_len"],
     do_not_specialize_on_alignment=_LENGTHS,
 )
-def mean_of_keys(k, signs, outputs, cos, sin, cu_seqlens_k, seqused_k, kv_heads, seqlen_k, batch_stride,
+def mean_of_keys(k, means, cos, sin, cu_seqlens_k, seqused_k, kv_heads, seqlen_k, batch_stride,
                  row_stride, head_stride, rotary_stride, rotary_len, config: gl.constexpr):  # fmt: skip
     """Grid: KV heads of all sequences. Strides as of `quantize_tiles`.
 
-    outputs: K's mean, and what its columns start with half way through their rotation, that is less the same;
-    fp32 (batch, kv_heads, head_dim).
+    means: fp32 (batch, kv_heads, head_dim).
     """
     c: gl.constexpr = config.static
     dim: gl.constexpr = c.head_dim
@@ -98,24 +88,11 @@ def mean_of_keys(k, signs, outputs, cos, sin, cu_seqlens_k, seqused_k, kv_heads,
     steps = (count + (c.summing.rows - 1)) // c.summing.rows
     sums = _sums(side, b, start, length, pid - b * kv_heads, 0, steps, rotary, True, c)
     share = _share(count)
-    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    mean = gl.allocate_shared_memory(gl.float32, [c.columns], vector)
     width: gl.constexpr = c.summing.width
     column = gl.arange(0, width, gl.SliceLayout(0, c.summing.layout))
     for j in gl.static_range(len(sums)):
-        x = sums[j] * share
-        gl.store(outputs[0] + pid * dim + j * width + column, x, mask=column < dim - j * width)
-        mean.slice(j * width, width).store(x)
-    if c.rotate:
-        signs = signs_in_shared(signs_of(signs, c), c)
-        _store_rows_0(
-            outputs[1] + pid * dim, half_rotated_vector(mean, signs, c.pieces, c.mma, c.layout), dim
-        )
-    else:
-        pieces = ()
-        for j in gl.static_range(c.pieces):
-            pieces = pieces + (piece_of(mean, j, c.layout),)
-        _store_rows_0(outputs[1] + pid * dim, pieces, dim)
+        x = (sums[j] * share).to(k.dtype.element_ty).to(gl.float32)
+        gl.store(means + pid * dim + j * width + column, x, mask=column < dim - j * width)
 
 
 @gluon.jit(do_not_specialize=[*_SIZES, "chunks", *_STRIDES], do_not_specialize_on_alignment=_LENGTHS)

@@ -2,10 +2,11 @@
 
 A program of `quantize_tiles` takes 128 rows of one head, in registers: rotary embedding, rotation
 (device/rotation.py), the means of K and V, the largest magnitude of each block, e4m3; of V also the
-transposition (device/transposed.py). Wide heads go in parts, and what does not fit in registers until its
-maximum is known is read again, from L1 or L2: so that several programs fit beside one another and some load
-while others compute. Means come from launches before that (kernels/means.py), for which tiles of V, the
-first, need not wait. A scale for more than a block needs its maximum first: `quantize_tiles` with `measures`.
+transposition (device/transposed.py). Several programs are resident, and some load while others compute. A
+tile of heads wider than 128 does not fit in registers: its rows come to shared memory by asynchronous copies,
+all at once, and go through registers in parts; what waits for its scale does so there. Means come from
+launches before that (kernels/means.py), for which tiles of V, the first, need not wait. A scale for more than
+a block needs its maximum first: `quantize_tiles` with `measures`.
 """
 
 from tandem_attn.device.fp8_tiles import (
@@ -20,17 +21,19 @@ from tandem_attn.device.fp8_tiles import (
     scales_of,
     tiles_of,
 )
-from tandem_attn.device.gluon import gdc_wait, gl, gluon, thread_barrier
-from tandem_attn.device.rotation import HALF_WAY, PIECE, in_shared
+from tandem_attn.device.gluon import async_copy, gdc_wait, gl, gluon, thread_barrier
+from tandem_attn.device.rotation import PIECE, as_right_operands, in_shared, products_of_rows
 from tandem_attn.device.row_pieces import (
-    all_the_way,
+    ask_for_rows,
     columns_of,
-    half_way,
     kept,
-    load_rows,
-    products_of_rows,
+    put_aside,
+    rotated_rows,
+    rows_of_part,
     signs_in_shared,
     signs_of,
+    taken_back,
+    to_shared,
 )
 from tandem_attn.device.transposed import as_new, four_keys, pack_four, regroup_bytes, store_words
 
@@ -43,11 +46,14 @@ def _await(config: gl.constexpr):
 
 
 @gluon.jit
-def _start(starts, number, config: gl.constexpr):
-    """What K's columns begin with half way through a rotation: less its mean. number: of KV heads of all
-    sequences."""
+def _less_mean(mean, bits, dtype: gl.constexpr, config: gl.constexpr):
+    """In shared memory, what is added to rows of K (`rotated_rows`): less their mean, which is exact in
+    dtype. bits: `signs_of`."""
     _await(config)
-    return columns_of(starts + number * config.head_dim, config)
+    less = (-columns_of(mean, config)).to(dtype)
+    if config.rotate:
+        less = (less.to(gl.int16, bitcast=True) ^ bits).to(dtype, bitcast=True)
+    return in_shared(less)
 
 
 @gluon.jit
@@ -70,83 +76,74 @@ def _store_rows(side, pieces, there, inverse, place, head, config: gl.constexpr)
 
 
 @gluon.jit
-def _key_part(side, place, head, signs, start, rotary, config: gl.constexpr):
-    """(fp32 pieces of rows of K, whether they are there). signs and start in shared memory."""
-    thread_barrier()  # or the compiler keeps columns of the part before in registers that it does not have
-    row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
-    x = load_rows(side.rows(place, head, config.rows, config.layout), there, rotary, row, config)
-    return all_the_way(half_way(x, signs, start, config.smooth_k, config), config), there
-
-
-@gluon.jit
-def _key_rows(side, place, head, signs, starts, rotary, config: gl.constexpr):
-    """A tile of K: its parts for their maximum, the last of them stays in registers."""
-    last: gl.constexpr = TILE - config.rows
-    row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
+def _key_rows(side, place, head, signs, means, rotary, config: gl.constexpr):
+    """A tile of K. Its scale is known once all parts are: the first of two waits in shared memory."""
+    rows: gl.constexpr = config.rows
+    asked = ask_for_rows(side, place, head, config)
     bits = signs_of(signs, config)
-    x = load_rows(side.rows(place, head, config.rows, config.layout), there, rotary, row, config)
-    start = starts
+    offset = means
     if config.smooth_k:
-        start = in_shared(_start(starts, place.b * side.heads + head, config))
-    signs = signs_in_shared(bits, config)  # not before: rows would be loaded later, once signs have come
-    x = all_the_way(half_way(x, signs, start, config.smooth_k, config), config)
-    if config.granularity == "block" or config.measures:
-        bits = _row_maxima(x, there, config)
-    for first in gl.static_range(config.rows, TILE, config.rows):
-        x, there = _key_part(side, place.part(first), head, signs, start, rotary, config)
-        if config.granularity == "block" or config.measures:
-            bits = gl.maximum(bits, _row_maxima(x, there, config))
-    if config.measures:
-        side.measure(gl.max(bits, 0), place, head, config.granularity)
-    else:
-        if config.granularity == "block":
-            descale, inverse = scales_of(gl.max(bits, 0))
-            side.keep_descale(descale, place, head, TILE, config.packed)
+        number = place.b * side.heads + head
+        offset = _less_mean(means + number * config.head_dim, bits, side.x.dtype.element_ty, config)
+    signs = signs_in_shared(bits, config)  # not before: rows would be asked for later, once signs have come
+    largest = gl.zeros([rows], gl.int32, gl.SliceLayout(1, config.layout))
+    if config.knows_scales:
+        _await(config)
+        inverse = side.shared_inverse(place, head, config.granularity, False)
+    for at in gl.static_range(config.parts):
+        part = place.part(at * rows)
+        x, there = rows_of_part(asked, at, side, part, head, rotary, 0, config)
+        x = rotated_rows(x, signs, offset, config.smooth_k, config)
+        if config.knows_scales:
+            _store_rows(side, x, there, inverse, part, head, config)
         else:
-            _await(config)
-            inverse = side.shared_inverse(place, head, config.granularity, False)
-        _store_rows(side, x, there, inverse, place.part(last), head, config)
-        for first in gl.static_range(0, last, config.rows):
-            x, there = _key_part(side, place.part(first), head, signs, start, rotary, config)
-            _store_rows(side, x, there, inverse, place.part(first), head, config)
+            largest = gl.maximum(largest, _row_maxima(x, there, config))
+            if at + 1 < config.parts and not config.measures:
+                first = put_aside(x)
+    if config.measures:
+        side.measure(gl.max(largest, 0), place, head, config.granularity)
+    elif not config.knows_scales:
+        descale, inverse = scales_of(gl.max(largest, 0))
+        side.keep_descale(descale, place, head, TILE, config.packed)
+        _store_rows(side, x, there, inverse, part, head, config)
+        if config.parts > 1:
+            _, there = place.rows(rows, gl.SliceLayout(1, config.layout))
+            _store_rows(side, taken_back(first, config), there, inverse, place, head, config)
 
 
 @gluon.jit
-def _store_shift(side, shift, x, start, place, head, config: gl.constexpr):
-    """What q's rows, half way through their rotation, give with the mean of K."""
+def _store_shift(side, shift, x, mean, place, head, config: gl.constexpr):
+    """What 16-bit rows of q give with the mean of K."""
     row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
-    scale: gl.constexpr = -1.0 / HALF_WAY.value if config.rotate else -1.0
     at = head if config.packed else place.b * side.heads + head
     at = at.to(gl.int64) * side.seqlen + place.start + row
-    gl.store(shift + at, products_of_rows(x, start, config) * scale, mask=there)
+    gl.store(shift + at, products_of_rows(x, mean, config.mma), mask=there)
 
 
 @gluon.jit
-def _query_rows(side, place, head, shift, kv_heads, signs, starts, rotary, before, config: gl.constexpr):
+def _query_rows(side, place, head, shift, kv_heads, signs, means, rotary, before, config: gl.constexpr):
     """A tile of q, and its products with the mean of K. before: position of the first query."""
+    dtype: gl.constexpr = side.x.dtype.element_ty
+    asked = ask_for_rows(side, place, head, config)
     bits = signs_of(signs, config)
-    for first in gl.static_range(0, TILE, config.rows):
-        part = place.part(first)
-        row, there = part.rows(config.rows, gl.SliceLayout(1, config.layout))
-        x = side.rows(part, head, config.rows, config.layout)
-        x = load_rows(x, there, rotary, row + before, config)
-        if first > 0:
-            thread_barrier()
-        else:
-            if config.smooth_k and not config.measures:
-                number = place.b * kv_heads + head // (side.heads // kv_heads)
-                start = in_shared(_start(starts, number, config))
-            signs = signs_in_shared(bits, config)  # as of K
-        x = half_way(x, signs, starts, False, config)
+    mean = means
+    if config.smooth_k and not config.measures:
+        _await(config)
+        mean += (place.b * kv_heads + head // (side.heads // kv_heads)) * config.head_dim
+        mean = as_right_operands(mean, config.columns, config.head_dim, dtype)
+    signs = signs_in_shared(bits, config)  # as of K
+    for at in gl.static_range(config.parts):
+        part = place.part(at * config.rows)
+        x, there = rows_of_part(asked, at, side, part, head, rotary, before, config)
         if config.smooth_k and not config.measures:
-            _store_shift(side, shift, x, start, part, head, config)
-        _finish_queries(side, all_the_way(x, config), there, part, head, config)
+            _store_shift(side, shift, x, mean, part, head, config)
+        _finish_queries(side, rotated_rows(x, signs, means, False, config), there, part, head, config)
 
 
 @gluon.jit
 def _finish_queries(side, x, there, place, head, config: gl.constexpr):
     """fp32 pieces of q -> e4m3 and scales, or only a maximum."""
-    if config.granularity == "block" or config.measures:
+    if not config.knows_scales:
         bits = _row_maxima(x, there, config)
     if config.measures:
         side.measure(gl.max(bits, 0), place, head, config.granularity)
@@ -191,11 +188,33 @@ def _words(y, place, head, heads, tiles, seqlen, config: gl.constexpr):
 
 
 @gluon.jit
-def _value_piece(x, there, column, j: gl.constexpr, config: gl.constexpr):
-    """16-bit piece of a tile of V. x: pointers to piece 0."""
+def _ask_for_values(x, there, column, config: gl.constexpr):
+    """Start to load a tile of V: 16-bit pieces, in registers or, if `staged`, soon in shared memory. x:
+    pointers to piece 0."""
     width: gl.constexpr = config.v_width
-    keep = kept(there, column, j * width, config.head_dim_v)
-    return gl.load(x + j * width, mask=keep, other=0.0)
+    layout: gl.constexpr = gl.SwizzledSharedLayout(32, 2, 2, [1, 0])
+    asked = ()
+    for j in gl.static_range(config.v_pieces):
+        keep = kept(there, column, j * width, config.head_dim_v)
+        at = x + j * width
+        asked = asked + (to_shared(at, keep, layout) if config.staged else gl.load(at, mask=keep, other=0.0),)
+    if config.staged:
+        async_copy.commit_group()
+    return asked
+
+
+@gluon.jit
+def _values_of(asked, config: gl.constexpr):
+    """A tile of V in registers."""
+    if config.staged:
+        async_copy.wait_group(0)
+        thread_barrier()
+        pieces = ()
+        for j in gl.static_range(config.v_pieces):
+            pieces = pieces + (asked[j].load(config.v_layout),)
+        return pieces
+    else:
+        return asked
 
 
 @gluon.jit
@@ -226,19 +245,18 @@ def _largest_value(pieces, mean, there, column, config: gl.constexpr):
 
 @gluon.jit
 def _value_rows(side, place, head, means, config: gl.constexpr):
-    """A tile of V: quantized, transposed, 0 past the end. Wide ones are read twice. means: of all heads."""
+    """A tile of V: quantized, transposed, 0 past the end. means: of all heads."""
     width: gl.constexpr = config.v_width
     _, there = place.rows(TILE, gl.SliceLayout(1, config.v_layout))
     column = gl.arange(0, width, gl.SliceLayout(0, config.v_layout))
     x = side.rows(place, head, TILE, config.v_layout) + column[None, :]
-    pieces = ()
-    for j in gl.static_range(config.v_pieces):
-        pieces = pieces + (_value_piece(x, there, column, j, config),)
+    asked = _ask_for_values(x, there, column, config)
     mean = means
     if config.smooth_v:
         _await(config)
         mean += (place.b * side.heads + head) * config.head_dim_v
-    if config.granularity == "block" or config.measures:
+    pieces = _values_of(asked, config)
+    if not config.knows_scales:
         bits = _largest_value(pieces, mean, there, column, config)
     if config.measures:
         side.measure(bits, place, head, config.granularity)
@@ -251,7 +269,7 @@ def _value_rows(side, place, head, means, config: gl.constexpr):
             inverse = side.shared_inverse(place, head, config.granularity, True)
         words, each = _words(side.y, place, head, side.heads, side.tiles, side.seqlen, config)
         for j in gl.static_range(config.v_pieces):
-            y = _value_piece(x, there, column, j, config) if config.v_again else as_new(pieces[j])
+            y = asked[j].load(config.v_layout) if config.staged else as_new(pieces[j])
             y = pack_four(_less_value_mean(y, mean, there, column, j, config) * inverse)
             store_words(words, y, j * width, config.head_dim_v, each, config.words_layout)
 
@@ -268,11 +286,11 @@ def quantize_tiles(q, k, v, outputs, tables, cu_seqlens_q, cu_seqlens_k, seqused
     """Grid: tiles of all heads of v, then of k, then of q. Strides in units of 8 elements; the batch's are 0
     of packed tensors, whose seqlen is that of all sequences. Pointers that are not given point anywhere.
 
-    outputs: q, k, v_t, q_descale, k_descale, v_descale, lse_shift; tables: signs, what K's columns start
-    with, means of V, maxima of q, of k and of v, cos, sin.
+    outputs: q, k, v_t, q_descale, k_descale, v_descale, lse_shift; tables: signs, means of K and of V, maxima
+    of q, of k and of v, cos, sin.
     """
     c: gl.constexpr = config.static
-    signs, starts = tables[0], tables[1]
+    signs, means = tables[0], tables[1]
     rotary = Rotary(tables[6], tables[7], rotary_stride, rotary_len)
     q_tiles = tiles_of(seqlen_q, batch, 0, c.packed)
     k_tiles = tiles_of(seqlen_k, batch, 0, c.packed)
@@ -292,7 +310,7 @@ def quantize_tiles(q, k, v, outputs, tables, cu_seqlens_q, cu_seqlens_k, seqused
         tile = pid // kv_heads
         place = place_of(tile, cu_seqlens_k, seqused_k, seqlen_k, batch, 0, c.has_seqused_k, c)
         if place.holds(c.packed):
-            _key_rows(side, place, pid - tile * kv_heads, signs, starts, rotary, c)
+            _key_rows(side, place, pid - tile * kv_heads, signs, means, rotary, c)
     else:
         pid -= (v_tiles + k_tiles) * kv_heads
         side = Side(q, q_batch, q_row, q_head, heads, seqlen_q, q_tiles, outputs[0], outputs[3], tables[3])
@@ -304,7 +322,7 @@ def quantize_tiles(q, k, v, outputs, tables, cu_seqlens_q, cu_seqlens_k, seqused
                 _, keys = length_of(cu_seqlens_k, seqused_k, place.b, seqlen_k, c.has_seqused_k)
                 before = keys - place.length
             head = pid - tile * heads
-            _query_rows(side, place, head, outputs[6], kv_heads, signs, starts, rotary, before, c)
+            _query_rows(side, place, head, outputs[6], kv_heads, signs, means, rotary, before, c)
 
 
 # V that is e4m3 already
