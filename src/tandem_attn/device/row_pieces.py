@@ -36,15 +36,15 @@ def to_shared(x, keep, layout: gl.constexpr):
 
 
 @gluon.jit
-def _pieces(x, there, in_shared: gl.constexpr, config: gl.constexpr):
-    """16-bit pieces of rows, in registers or soon in shared memory. x: [rows, 1] pointers."""
+def _pieces(x, there, by_copies: gl.constexpr, config: gl.constexpr):
+    """16-bit pieces of rows, in registers or, `by_copies`, soon in shared memory. x: [rows, 1] pointers."""
     column = gl.arange(0, PIECE, gl.SliceLayout(0, config.layout))
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])  # a warp reads 512 bytes on end
     pieces = ()
     for j in gl.static_range(config.pieces):
         keep = kept(there, column, j * 32, config.head_dim)
         at = x + column[None, :] + j * 32
-        pieces = pieces + (to_shared(at, keep, layout) if in_shared else gl.load(at, mask=keep, other=0.0),)
+        pieces = pieces + (to_shared(at, keep, layout) if by_copies else gl.load(at, mask=keep, other=0.0),)
     return pieces
 
 
@@ -116,6 +116,7 @@ def _turned(pieces, x, there, rotary, position, config: gl.constexpr):
 
 @gluon.jit
 def _turned_by(pieces, x, there, rotary, angle, config: gl.constexpr):
+    """Pieces turned by angles: where rows of the tables begin."""
     half: gl.constexpr = config.rotary_dim // 2
     far: gl.constexpr = half // 32  # pieces to the other column, if they are whole
     turned = ()

@@ -1,11 +1,10 @@
 """The means that `quantize_tiles` subtracts from K and V, by short launches before it.
 
 K's, for which any constant would do, are of a sample of keys, spread evenly (device/fp8_tiles.py:
-sampled_row), and rounded to the dtype of K, so that tensor cores subtract them exactly: one program takes all
-of it. V's are of all keys: `sum_values` adds up
-rows, a chunk of them a program, and `mean_of_values` the chunks, always in the same order, with one warp for
-each mean. A single launch would leave the second half to whoever is last, which takes counters that are zero,
-and be 2 us faster at best.
+sampled_row), and rounded to the dtype of K, so that they are operands of tensor cores: one program takes all
+of it. V's are of all keys: `sum_values` adds up rows, a chunk of them a program, and `mean_of_values` the
+chunks, always in the same order, with one warp for each mean. A single launch would leave the second half to
+whoever is last, which takes counters that are zero, and be 2 us faster at best.
 """
 
 from tandem_attn.device.fp8_tiles import Rotary, Side, length_of, sample_size, sampled_row
