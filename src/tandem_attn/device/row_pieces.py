@@ -170,5 +170,5 @@ def signs_of(signs, config: gl.constexpr):
 
 @gluon.jit
 def signs_in_shared(signs, config: gl.constexpr):
-    """`signs_of`, for `half_way`."""
+    """`signs_of`, for `rotated_rows`."""
     return in_shared(signs) if config.rotate else signs
