@@ -23,10 +23,12 @@ def hadamard_16(dtype: gl.constexpr, mma: gl.constexpr):
     return (1.0 - 2.0 * (bits & 1).to(gl.float32)).to(dtype)
 
 
+VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
 @gluon.jit
-def in_shared(values):
-    """A vector in shared memory, from where pieces cost registers only while they are used."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+def in_shared(values, layout: gl.constexpr = VECTOR):
+    """Numbers in shared memory, from where they cost registers only while they are used."""
     shared = gl.allocate_shared_memory(values.dtype, values.shape, layout)
     shared.store(values)
     return shared
@@ -145,10 +147,7 @@ def as_right_operands(vector, columns: gl.constexpr, below: gl.constexpr, dtype:
     k = gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :]
     column = row // 8 * PIECE + (k // 2 % 4) * 8 + (k // 8) * 4 + (row % 2) * 2 + k % 2  # as `_operand_rows`
     numbers = gl.load(vector + column, mask=column < below, other=0.0).to(dtype)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    shared = gl.allocate_shared_memory(dtype, numbers.shape, plain)
-    shared.store(numbers)
-    return shared
+    return in_shared(numbers, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit

@@ -26,9 +26,9 @@ def kept(there, column, first: gl.constexpr, dim: gl.constexpr):
 
 
 @gluon.jit
-def to_shared(x, keep, layout: gl.constexpr):
-    """Start a copy of 16-bit numbers, 0 where not `keep`, to shared memory, to be read more than once. Each
-    copy has memory of its own, or the compiler would put barriers between them."""
+def _to_shared(x, keep, layout: gl.constexpr):
+    """Start a copy of numbers, 0 where not `keep`, to shared memory, to be read more than once. Each copy has
+    memory of its own, or the compiler would put barriers between them."""
     shared = gl.allocate_shared_memory(x.dtype.element_ty, x.shape, layout)
     keep, _ = gl.broadcast(keep, x)
     async_load(shared, x, mask=keep)
@@ -36,22 +36,51 @@ def to_shared(x, keep, layout: gl.constexpr):
 
 
 @gluon.jit
-def _pieces(x, there, by_copies: gl.constexpr, config: gl.constexpr):
-    """16-bit pieces of rows, in registers or, `by_copies`, soon in shared memory. x: [rows, 1] pointers."""
-    column = gl.arange(0, PIECE, gl.SliceLayout(0, config.layout))
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])  # a warp reads 512 bytes on end
+def ask_for_pieces(x, there, column, count: gl.constexpr, dim: gl.constexpr, copies: gl.constexpr = None):
+    """Start to load `count` pieces of rows, 0 past column dim, to registers; or, if `copies` is a layout, to
+    shared memory so, by one group of copies. x: pointers to piece 0; column: of that."""
+    width: gl.constexpr = column.shape[0]
     pieces = ()
-    for j in gl.static_range(config.pieces):
-        keep = kept(there, column, j * 32, config.head_dim)
-        at = x + column[None, :] + j * 32
-        pieces = pieces + (to_shared(at, keep, layout) if by_copies else gl.load(at, mask=keep, other=0.0),)
+    for j in gl.static_range(count):
+        at, keep = x + j * width, kept(there, column, j * width, dim)
+        if copies is None:
+            pieces = pieces + (gl.load(at, mask=keep, other=0),)
+        else:
+            pieces = pieces + (_to_shared(at, keep, copies),)
+    if copies is not None:
+        async_copy.commit_group()
     return pieces
+
+
+@gluon.jit
+def loaded(shared, first: gl.constexpr, count: gl.constexpr, layout: gl.constexpr):
+    """`count` pieces of those in shared memory."""
+    pieces = ()
+    for j in gl.static_range(first, first + count):
+        pieces = pieces + (shared[j].load(layout),)
+    return pieces
+
+
+@gluon.jit
+def arrived(asked, group: gl.constexpr, groups: gl.constexpr, layout: gl.constexpr):
+    """The pieces of a group of copies, of as many groups asked for in order, once they are there."""
+    async_copy.wait_group(groups - 1 - group)
+    thread_barrier()
+    count: gl.constexpr = len(asked) // groups
+    return loaded(asked, group * count, count, layout)
+
+
+@gluon.jit
+def _pieces(x, there, copies: gl.constexpr, config: gl.constexpr):
+    """16-bit pieces of rows of q or k: `ask_for_pieces`. x: [rows, 1] pointers."""
+    column = gl.arange(0, PIECE, gl.SliceLayout(0, config.layout))
+    return ask_for_pieces(x + column[None, :], there, column, config.pieces, config.head_dim, copies)
 
 
 @gluon.jit
 def load_rows(x, there, rotary, position, config: gl.constexpr):
     """16-bit pieces of rows of q or k, turned by their position. x: [rows, 1] pointers."""
-    return _turned(_pieces(x, there, False, config), x, there, rotary, position, config)
+    return _turned(_pieces(x, there, None, config), x, there, rotary, position, config)
 
 
 @gluon.jit
@@ -63,23 +92,17 @@ def ask_for_rows(side, place, head, config: gl.constexpr):
         part = place.part(at * config.rows)
         _, there = part.rows(config.rows, gl.SliceLayout(1, config.layout))
         x = side.rows(part, head, config.rows, config.layout)
-        asked = asked + _pieces(x, there, config.parts > 1, config)
-        if config.parts > 1:
-            async_copy.commit_group()
+        asked = asked + _pieces(x, there, config.row_copies, config)
     return asked
 
 
 @gluon.jit
 def rows_of_part(asked, at: gl.constexpr, side, place, head, rotary, before, config: gl.constexpr):
-    """(16-bit pieces of a part, number `at`, turned by their position; whether rows are there). Parts are
-    asked for in order. place: of the part; before: position of row 0 of the sequence."""
+    """(16-bit pieces of a part, number `at`, turned by their position; whether rows are there). place: of the
+    part; before: position of row 0 of the sequence."""
     pieces = asked
     if config.parts > 1:
-        async_copy.wait_group(config.parts - 1 - at)
-        thread_barrier()
-        pieces = ()
-        for j in gl.static_range(config.pieces):
-            pieces = pieces + (asked[at * config.pieces + j].load(config.layout),)
+        pieces = arrived(asked, at, config.parts, config.layout)
     row, there = place.rows(config.rows, gl.SliceLayout(1, config.layout))
     x = side.rows(place, head, config.rows, config.layout)
     return _turned(pieces, x, there, rotary, row + before, config), there
@@ -87,22 +110,11 @@ def rows_of_part(asked, at: gl.constexpr, side, place, head, rotary, before, con
 
 @gluon.jit
 def put_aside(pieces):
-    """fp32 pieces in shared memory, for `taken_back` by the same threads."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    """fp32 pieces in shared memory, for `loaded` by the same threads."""
     shared = ()
     for j in gl.static_range(len(pieces)):
-        shared = shared + (gl.allocate_shared_memory(gl.float32, pieces[j].shape, layout),)
-        shared[j].store(pieces[j])
+        shared = shared + (in_shared(pieces[j], gl.SwizzledSharedLayout(4, 1, 8, [1, 0])),)
     return shared
-
-
-@gluon.jit
-def taken_back(shared, config: gl.constexpr):
-    """What was `put_aside`."""
-    pieces = ()
-    for j in gl.static_range(len(shared)):
-        pieces = pieces + (shared[j].load(config.layout),)
-    return pieces
 
 
 @gluon.jit

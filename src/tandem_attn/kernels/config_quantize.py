@@ -106,6 +106,16 @@ class QuantizeConfig(RowsConfig):
         return self.widest > 128
 
     @property
+    def row_copies(self):
+        """How pieces of q and k lie in shared memory if they come there: a warp reads 512 bytes on end."""
+        return gl.SwizzledSharedLayout(1, 1, 1, [1, 0]) if self.parts > 1 else None
+
+    @property
+    def v_copies(self):
+        """Likewise pieces of V, of 128 bytes a row: rows two apart are read together."""
+        return gl.SwizzledSharedLayout(32, 2, 2, [1, 0]) if self.staged else None
+
+    @property
     def knows_scales(self) -> bool:
         """Whether scales are known before: the pass after the one that measures."""
         return self.granularity != "block" and not self.measures

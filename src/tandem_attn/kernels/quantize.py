@@ -21,19 +21,20 @@ from tandem_attn.device.fp8_tiles import (
     scales_of,
     tiles_of,
 )
-from tandem_attn.device.gluon import async_copy, gdc_wait, gl, gluon, thread_barrier
+from tandem_attn.device.gluon import gdc_wait, gl, gluon
 from tandem_attn.device.rotation import PIECE, as_right_operands, in_shared, products_of_rows
 from tandem_attn.device.row_pieces import (
+    arrived,
+    ask_for_pieces,
     ask_for_rows,
     columns_of,
     kept,
+    loaded,
     put_aside,
     rotated_rows,
     rows_of_part,
     signs_in_shared,
     signs_of,
-    taken_back,
-    to_shared,
 )
 from tandem_attn.device.transposed import as_new, four_keys, pack_four, regroup_bytes, store_words
 
@@ -108,7 +109,8 @@ def _key_rows(side, place, head, signs, means, rotary, config: gl.constexpr):
         _store_rows(side, x, there, inverse, part, head, config)
         if config.parts > 1:
             _, there = place.rows(rows, gl.SliceLayout(1, config.layout))
-            _store_rows(side, taken_back(first, config), there, inverse, place, head, config)
+            first = loaded(first, 0, config.pieces, config.layout)
+            _store_rows(side, first, there, inverse, place, head, config)
 
 
 @gluon.jit
@@ -188,36 +190,6 @@ def _words(y, place, head, heads, tiles, seqlen, config: gl.constexpr):
 
 
 @gluon.jit
-def _ask_for_values(x, there, column, config: gl.constexpr):
-    """Start to load a tile of V: 16-bit pieces, in registers or, if `staged`, soon in shared memory. x:
-    pointers to piece 0."""
-    width: gl.constexpr = config.v_width
-    layout: gl.constexpr = gl.SwizzledSharedLayout(32, 2, 2, [1, 0])
-    asked = ()
-    for j in gl.static_range(config.v_pieces):
-        keep = kept(there, column, j * width, config.head_dim_v)
-        at = x + j * width
-        asked = asked + (to_shared(at, keep, layout) if config.staged else gl.load(at, mask=keep, other=0.0),)
-    if config.staged:
-        async_copy.commit_group()
-    return asked
-
-
-@gluon.jit
-def _values_of(asked, config: gl.constexpr):
-    """A tile of V in registers."""
-    if config.staged:
-        async_copy.wait_group(0)
-        thread_barrier()
-        pieces = ()
-        for j in gl.static_range(config.v_pieces):
-            pieces = pieces + (asked[j].load(config.v_layout),)
-        return pieces
-    else:
-        return asked
-
-
-@gluon.jit
 def _less_value_mean(x, mean, there, column, j: gl.constexpr, config: gl.constexpr):
     """fp32 piece of a tile of V, less its mean if there is smoothing; rows that are not there stay 0."""
     y = x.to(gl.float32)
@@ -250,12 +222,14 @@ def _value_rows(side, place, head, means, config: gl.constexpr):
     _, there = place.rows(TILE, gl.SliceLayout(1, config.v_layout))
     column = gl.arange(0, width, gl.SliceLayout(0, config.v_layout))
     x = side.rows(place, head, TILE, config.v_layout) + column[None, :]
-    asked = _ask_for_values(x, there, column, config)
+    asked = ask_for_pieces(x, there, column, config.v_pieces, config.head_dim_v, config.v_copies)
     mean = means
     if config.smooth_v:
         _await(config)
         mean += (place.b * side.heads + head) * config.head_dim_v
-    pieces = _values_of(asked, config)
+    pieces = asked
+    if config.staged:
+        pieces = arrived(asked, 0, 1, config.v_layout)
     if not config.knows_scales:
         bits = _largest_value(pieces, mean, there, column, config)
     if config.measures:
@@ -348,10 +322,7 @@ def transpose_keys(v, v_t, cu_seqlens_k, seqused_k, batch, kv_heads, seqlen_k, v
         first += (place.start + place.m).to(gl.int64) * v_row
         x = v.to(gl.pointer_type(gl.int32), bitcast=True) + first * 4
         x += ((row - place.m) * (v_row * 4))[:, None] + column[None, :]
-        pieces = ()
-        for j in gl.static_range(c.v_pieces):
-            keep = kept(there, column, j * width, c.head_dim_v // 4)
-            pieces = pieces + (gl.load(x + j * width, mask=keep, other=0),)
+        pieces = ask_for_pieces(x, there, column, c.v_pieces, c.head_dim_v // 4)
         tiles = tiles_of(seqlen_k, batch, 1, c.packed)
         words, each = _words(v_t, place, head, kv_heads, tiles, seqlen_k, c)
         for j in gl.static_range(c.v_pieces):

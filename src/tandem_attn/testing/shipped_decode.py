@@ -66,7 +66,6 @@ QUESTIONS: dict[str, dict] = {
     "128_rows_page_1": dict(tokens=32, window=CAUSAL, page_size=1),
     "blocks_of_rows": dict(tokens=300, window=CAUSAL, packed_q=True, batch=1, page_size=64),
     "fp8": dict(cache_dtype=E4M3),
-    "fp8_one_sequence": dict(cache_dtype=E4M3, batch=1),
     "fp8_16_rows": dict(cache_dtype=E4M3, num_heads=16, num_kv_heads=1, batch=1),
     "fp8_of_sequences": dict(cache_dtype=E4M3, q_dtype=E4M3, by_block=False, dtype=FP16),
     "fp8_64": dict(cache_dtype=E4M3, head_dim=64, tokens=3, window=CAUSAL),
